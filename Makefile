@@ -1,0 +1,42 @@
+# Everything is run through here. Needs Python 3.11 or newer and make; the rest is installed into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+.PHONY: help install demo test test-tensorflow test-jax lint format clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
+
+install: .venv/installed  ## create .venv with the tested versions of everything
+
+.venv/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, this is {sys.version}. Try: make PYTHON=python3.11"'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[experiments,dev]'
+	touch $@
+
+demo: install  ## Figure 3 in small: six ways to augment a network while it is pruned, in a few minutes on a CPU
+	$(BIN)/python -m experiments.fig3_magnitude_decay --dataset=digits --seeds=0 --results=demo/fig3.jsonl \
+		--figure_path=demo/fig3_digits.png --export=saved_models/resnet8_digits_p60
+
+test: test-tensorflow test-jax  ## run the tests on both backends
+
+test-tensorflow: install
+	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-jax: install
+	KERAS_BACKEND=jax $(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: install  ## formatting, lint, types, and which module may import which
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: install  ## format and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove what the targets above made
+	rm -rf .venv demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,47 @@
+"""Neural networks that get small while their data augmentation follows.
+
+`import kerascompress as kc`; everything public is named here. See the README for a tour.
+"""
+
+__version__ = "0.1.0"
+
+from typing import Any
+
+from kerascompress import models
+from kerascompress.augment import MagnitudeScheduler, RandAugment, RandomCrop
+from kerascompress.export import export_litert, export_saved_model
+from kerascompress.pruning import (
+    PruneLowMagnitude,
+    PruningSummaries,
+    UpdatePruningStep,
+    prune_low_magnitude,
+    sparsity,
+    strip_pruning,
+)
+from kerascompress.schedules import SparsityLinkedMagnitude
+
+__all__ = [
+    "ConstantSparsity",
+    "MagnitudeScheduler",
+    "PolynomialDecay",
+    "PruneLowMagnitude",
+    "PruningSummaries",
+    "RandAugment",
+    "RandomCrop",
+    "SparsityLinkedMagnitude",
+    "UpdatePruningStep",
+    "export_litert",
+    "export_saved_model",
+    "models",
+    "prune_low_magnitude",
+    "sparsity",
+    "strip_pruning",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("ConstantSparsity", "PolynomialDecay"):  # tfmot's own, imported when first asked for
+        from kerascompress import schedules
+
+        return getattr(schedules, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}. Public names: {', '.join(__all__)}.")

@@ -1,0 +1,454 @@
+"""Data augmentation on the device, in the model: RandAugment with a live magnitude, and the crop that goes before it."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops as kops
+
+from kerascompress import image_ops
+from kerascompress.schedules import StepCallback
+
+
+@keras.saving.register_keras_serializable("kerascompress")
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """A row of the operation table: what to do with an image, and how much of it at M = 30.
+
+    Exactly one of the three functions says what to do; a row with none of them is the identity. Each gets the argument of
+    every image, float32 `(batch,)`: `argument * M / 30`, with a sign drawn per image if `signed`.
+
+    Args:
+        name: How `RandAugment(ops=...)` refers to the row.
+        argument: The argument at M = 30, in the unit of the function; 0 if the function ignores it.
+        signed: Whether half of the images get the negative argument.
+        table: `(images, argument) -> (batch, 1 or channels, 256)`: each value's replacement. The cheapest kind.
+        warp: `(argument, height, width) -> (batch, 6)`: an inverse affine map, see `image_ops.warp`.
+        pixels: `(images, argument) -> images`, float32 with values 0..255.
+
+    Images come with whole values 0..255; results are clipped to 0..255 and their fractions cut off.
+
+    Example:
+        >>> from keras import ops
+        >>> invert = Op(
+        ...     "Invert", table=lambda images, argument: 255.0 - ops.arange(256, dtype="float32")[None, None, :]
+        ... )
+        >>> augment = RandAugment(magnitude=9, ops=["Rotate", invert])
+    """
+
+    name: str
+    argument: float = 0.0
+    signed: bool = False
+    table: Callable[[Any, Any], Any] | None = None
+    warp: Callable[[Any, Any, Any], Any] | None = None
+    pixels: Callable[[Any, Any], Any] | None = None
+
+    def __post_init__(self):
+        given = [kind for kind in ("table", "warp", "pixels") if getattr(self, kind) is not None]
+        if len(given) > 1 or not all(callable(getattr(self, kind)) for kind in given):
+            raise ValueError(
+                f"An `Op` needs one function, as `table=`, `warp=` or `pixels=`. Received: {given} in Op {self.name!r}."
+            )
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            field.name: keras.saving.serialize_keras_object(getattr(self, field.name))
+            for field in dataclasses.fields(self)
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Op":
+        return cls(**{name: keras.saving.deserialize_keras_object(value) for name, value in config.items()})
+
+
+OPS = (
+    Op("Identity"),
+    Op("ShearX", 0.3, signed=True, warp=image_ops.shear_x),  # slope
+    Op("ShearY", 0.3, signed=True, warp=image_ops.shear_y),
+    Op("TranslateX", 150.0, signed=True, warp=image_ops.translate_x),  # 331ths of the width
+    Op("TranslateY", 150.0, signed=True, warp=image_ops.translate_y),  # 331ths of the height
+    Op("Rotate", 30.0, signed=True, warp=image_ops.rotate),  # degrees
+    Op("Brightness", 90.0, signed=True, table=image_ops.brightness),  # per cent more or less
+    Op("Color", 90.0, signed=True, pixels=image_ops.color),
+    Op("Contrast", 90.0, signed=True, table=image_ops.contrast),
+    Op("Sharpness", 90.0, signed=True, pixels=image_ops.sharpness),
+    Op("Posterize", 4.0, table=image_ops.posterize),  # bits dropped
+    Op("Solarize", 255.0, table=image_ops.solarize),  # how far the threshold lies under 255
+    Op("AutoContrast", table=image_ops.auto_contrast),
+    Op("Equalize", table=image_ops.equalize),
+)
+
+
+class _Augmentation(keras.layers.Layer):
+    """What the layers here share: when they act, on which images, and with what randomness."""
+
+    def __init__(self, seed: int | None, **kwargs: Any):
+        super().__init__(**{"autocast": False, **kwargs})
+        self.seed = seed
+        self.seed_generator = keras.random.SeedGenerator(seed)
+
+    def __call__(self, images, *args, **kwargs):
+        symbolic = type(images).__module__.startswith("tensorflow") and not hasattr(images, "numpy")
+        if symbolic and keras.backend.backend() != "tensorflow":
+            raise RuntimeError(
+                f"Inside of `tf.data`, {type(self).__name__} works on the TensorFlow backend only. "
+                f"Received: {images} on the {keras.backend.backend()} backend. "
+                "Put the layer into the model, in front of the network: `keras.Sequential([augment, network])`."
+            )
+        return super().__call__(images, *args, **kwargs)
+
+    def _augment(self, images, training, augment_batch):
+        if not (_inside_tf_data() if training is None else training):
+            return images
+        if len(images.shape) not in (3, 4) or images.shape[-1] not in (1, 3):
+            raise ValueError(
+                f"{type(self).__name__} needs images of shape (batch, height, width, channels) or (height, width, channels) "
+                f"with 1 or 3 channels. Received: images of shape {tuple(images.shape)}."
+            )
+        return augment_batch(images) if len(images.shape) == 4 else augment_batch(images[None])[0]
+
+    def compute_output_shape(self, input_shape, *args):
+        return input_shape
+
+    def compute_output_spec(self, images, *args, **kwargs):
+        return keras.KerasTensor(images.shape, images.dtype)
+
+
+@keras.saving.register_keras_serializable("kerascompress")
+class RandAugment(_Augmentation):
+    """RandAugment in the model: each image draws its own operations, signs and magnitude, and M can change while it trains.
+
+    An image draws `num_ops` rows of the table, independently and with replacement, and they are applied in that order, each
+    with the argument `argument * M / 30` of its row. Pixels are Pillow's, bit for bit. Inactive unless `training` is true, and
+    inside of `tf.data`, where `dataset.map(augment)` augments single images or batches (TensorFlow backend only).
+
+    Args:
+        magnitude: M in [0, 30], or `(low, high)`: drawn uniformly per image. `layer.magnitude` is a variable of shape `()` or
+            `(2,)`; `layer.magnitude.assign(...)` acts on the next step, without a retrace. Inside of `tf.data`, on the images that
+            have not been prefetched yet.
+        num_ops: How many operations an image draws.
+        ops: Names of `OPS`, or `Op` rows of your own; all of `OPS` by default.
+        value_range: The values of black and white in the images: `(0, 255)`, `(0, 1)`, `(-1, 1)`. Float images are rounded to
+            the 256 levels in between.
+        fill_value: What rotate, shear and translate show outside of the image, 0 (black) to 255 (white), whatever `value_range`.
+        interpolation: `"nearest"`, as in the paper, or `"bilinear"`.
+        seed: Makes the draws reproducible.
+
+    Call arguments:
+        images: uint8 or float, `(batch, height, width, channels)` or `(height, width, channels)`, 1 or 3 channels.
+        magnitude: Overrides the variable for this call: a number, or one per image, `(batch,)`.
+        training: Whether to augment.
+
+    Returns:
+        The augmented images, in the shape, dtype and value range of `images`.
+
+    Raises:
+        ValueError: If an argument is out of range, an operation is unknown, or the images have a wrong shape or dtype.
+        RuntimeError: If called inside of `tf.data` on another backend than TensorFlow.
+
+    Example:
+        >>> import keras
+        >>> augment = RandAugment(magnitude=14, num_ops=2, seed=0)
+        >>> trainer = keras.Sequential([augment, keras.layers.Flatten(), keras.layers.Dense(10)])
+        >>> _ = augment.magnitude.assign(4.0)  # from the next step on
+
+    Reference:
+        Cubuk, Zoph, Shlens, Le, "RandAugment: Practical automated data augmentation with a reduced search space", 2020, with
+        the operations of torchvision; M(k) of Yu, Zhang, Ma, "Revisiting Data Augmentation in Model Compression", Equation 2.
+    """
+
+    def __init__(
+        self,
+        magnitude: float | tuple[float, float] = 9,
+        num_ops: int = 2,
+        *,
+        ops: Sequence[str | Op] | None = None,
+        value_range: tuple[float, float] = (0, 255),
+        fill_value: float = 0,
+        interpolation: str = "nearest",
+        seed: int | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(seed, **kwargs)
+        low_high = np.asarray(magnitude, dtype="float32")
+        if low_high.shape not in ((), (2,)) or not (
+            np.all((low_high >= 0) & (low_high <= 30)) and np.all(np.diff(np.atleast_1d(low_high)) >= 0)
+        ):
+            raise ValueError(
+                "`magnitude` must be a number in [0, 30], the paper's scale, or `(low, high)` within it. "
+                f"Received: magnitude={magnitude}. If yours is a fraction, multiply it by 30."
+            )
+        if not isinstance(num_ops, int) or num_ops < 1:
+            raise ValueError(f"`num_ops` must be a whole number of at least 1. Received: num_ops={num_ops}.")
+        if len(value_range) != 2 or not value_range[0] < value_range[1]:
+            raise ValueError(
+                "`value_range` must be `(black, white)` with black < white, such as (0, 255), (0, 1) or (-1, 1). "
+                f"Received: value_range={value_range}."
+            )
+        if not 0 <= fill_value <= 255:
+            raise ValueError(
+                f"`fill_value` must be in [0, 255], black to white, whatever `value_range` is. Received: fill_value={fill_value}."
+            )
+        if interpolation not in ("nearest", "bilinear"):
+            raise ValueError(
+                f'`interpolation` must be "nearest" or "bilinear". Received: interpolation={interpolation!r}.'
+            )
+        self.num_ops = num_ops
+        self.ops = _rows(OPS if ops is None else ops)
+        self.value_range = tuple(value_range)
+        self.fill_value = fill_value
+        self.interpolation = interpolation
+        self._initial_magnitude = low_high.tolist()
+        self.magnitude = self.add_weight(
+            shape=low_high.shape,
+            initializer=lambda shape, dtype: kops.convert_to_tensor(low_high, dtype),
+            dtype="float32",
+            trainable=False,
+            autocast=False,
+            name="magnitude",
+        )
+
+    def call(self, images, magnitude=None, training=None):
+        return self._augment(images, training, lambda batch: self._augment_batch(batch, magnitude))
+
+    def _augment_batch(self, images, magnitude):
+        values, restore = self._to_bytes(images)
+        op, sign, magnitude = self.draw(kops.shape(values)[0], magnitude)
+        argument = _take([row.argument / 30 for row in self.ops], op) * magnitude
+        argument = argument * kops.where(_take([float(row.signed) for row in self.ops], op) > 0, sign, 1.0)
+
+        def step(k, values):
+            return apply(self.ops, values, op[k], argument[k], self.fill_value, self.interpolation)
+
+        values = kops.fori_loop(0, self.num_ops, step, values)
+        return restore(values)
+
+    def draw(self, batch, magnitude=None):
+        """Draws for a batch: the rows of `ops` and the signs, `(num_ops, batch)`, and the magnitudes, `(batch,)`."""
+        shape = (self.num_ops, batch)
+        op = keras.random.randint(shape, 0, len(self.ops), seed=self.seed_generator)
+        sign = 2.0 * kops.cast(keras.random.randint(shape, 0, 2, seed=self.seed_generator), "float32") - 1.0
+        if magnitude is None and self.magnitude.shape == (2,):
+            share = keras.random.uniform((batch,), seed=self.seed_generator)
+            magnitude = self.magnitude[0] + (self.magnitude[1] - self.magnitude[0]) * share
+        elif magnitude is None:
+            magnitude = self.magnitude
+        return op, sign, kops.broadcast_to(kops.cast(magnitude, "float32"), (batch,))
+
+    def _to_bytes(self, images):
+        """The images on the 0..255 grid as uint8, and the function that leads back."""
+        dtype = keras.backend.standardize_dtype(images.dtype)
+        black, white = self.value_range
+        if dtype == "uint8" and self.value_range == (0, 255):
+            return images, lambda values: values
+        if "float" not in dtype:
+            raise ValueError(
+                f"RandAugment needs float images, or uint8 with value_range=(0, 255). Received: {dtype} images with "
+                f"value_range={self.value_range}."
+            )
+        step = (white - black) / 255.0
+        levels = (kops.cast(images, "float32") - black) / step
+
+        def restore(values):
+            return kops.cast(kops.cast(values, "float32") * step + black, dtype)
+
+        return image_ops.to_bytes(kops.round(levels)), restore
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "magnitude": self._initial_magnitude,
+            "num_ops": self.num_ops,
+            "ops": [row.name if row in OPS else keras.saving.serialize_keras_object(row) for row in self.ops],
+            "value_range": self.value_range,
+            "fill_value": self.fill_value,
+            "interpolation": self.interpolation,
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "RandAugment":
+        ops = [row if isinstance(row, str) else keras.saving.deserialize_keras_object(row) for row in config["ops"]]
+        return cls(**{**config, "ops": ops})
+
+
+@keras.saving.register_keras_serializable("kerascompress")
+class RandomCrop(_Augmentation):
+    """Pads every image and crops it back to its size, at an offset of its own: torchvision's `RandomCrop(32, padding=4)`.
+
+    Inactive unless `training` is true, and inside of `tf.data`, as `RandAugment`. For the horizontal flip that goes with it, use
+    `keras.layers.RandomFlip("horizontal")`.
+
+    Args:
+        padding: Pixels on each side.
+        fill_value: Their value, in the unit of the images.
+        seed: Makes the draws reproducible.
+
+    Call arguments:
+        images: `(batch, height, width, channels)` or `(height, width, channels)`, 1 or 3 channels, of any dtype.
+        training: Whether to crop.
+
+    Returns:
+        The images, in the same shape and dtype.
+
+    Raises:
+        ValueError: If `padding` is not a whole number of at least 0.
+
+    Example:
+        >>> import keras
+        >>> base_augmentation = [RandomCrop(padding=4, seed=0), keras.layers.RandomFlip("horizontal", seed=1)]
+    """
+
+    def __init__(self, padding: int = 4, *, fill_value: float = 128, seed: int | None = None, **kwargs: Any):
+        super().__init__(seed, **kwargs)
+        if not isinstance(padding, int) or padding < 0:
+            raise ValueError(f"`padding` must be a whole number of pixels, at least 0. Received: padding={padding}.")
+        self.padding = padding
+        self.fill_value = fill_value
+
+    def call(self, images, training=None):
+        return self._augment(images, training, self._crop)
+
+    def _crop(self, images):
+        shape = (2, kops.shape(images)[0])
+        offset = keras.random.randint(shape, -self.padding, self.padding + 1, seed=self.seed_generator)
+        x, y = kops.cast(offset[0], "float32"), kops.cast(offset[1], "float32")
+        zero, one = kops.zeros_like(x), kops.ones_like(x)
+        return image_ops.warp(images, kops.stack([one, zero, x, zero, one, y], axis=1), fill_value=self.fill_value)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "padding": self.padding, "fill_value": self.fill_value, "seed": self.seed}
+
+
+class MagnitudeScheduler(StepCallback):
+    """Assigns `schedule(step)` to the magnitude of an augmentation while a model trains; `step` counts optimizer updates.
+
+    Args:
+        augment: A layer with a scalar variable `magnitude`, such as `RandAugment`. It need not be a part of the model.
+        schedule: `step -> magnitude` in [0, 30], such as `SparsityLinkedMagnitude`.
+
+    Raises:
+        TypeError: If `schedule` is not callable, or `augment` has no variable `magnitude`.
+        ValueError: If the magnitude of `augment` is a `(low, high)` pair, or the schedule leaves [0, 30].
+
+    Example:
+        >>> augment = RandAugment(magnitude=14)
+        >>> weaken = MagnitudeScheduler(augment, lambda step: 14 if step < 1000 else 4)
+    """
+
+    def __init__(self, augment: Any, schedule: Callable[[int], float]):
+        super().__init__()
+        if not callable(schedule):
+            raise TypeError(
+                "`schedule` must be a function of the step that returns a magnitude. "
+                f"Received: schedule={schedule!r}. For a constant, set `augment.magnitude` once."
+            )
+        if not hasattr(getattr(augment, "magnitude", None), "assign"):
+            raise TypeError(
+                "`augment` must have a variable `magnitude`, as `kerascompress.RandAugment` has. "
+                f"Received: augment={augment!r}."
+            )
+        if tuple(augment.magnitude.shape) != ():
+            raise ValueError(
+                "`augment` draws its magnitude from a (low, high) pair, a schedule gives one number. Received: "
+                f"augment={augment!r} with a magnitude of shape {tuple(augment.magnitude.shape)}. "
+                "Construct it with one magnitude, or assign the pair in a callback of your own."
+            )
+        self.augment = augment
+        self.schedule = schedule
+        self._assigned: float | None = None
+
+    def on_train_begin(self, logs=None):
+        self._assigned = None  # somebody else may have assigned since the last fit
+        super().on_train_begin(logs)
+
+    def on_step(self, step: int) -> None:
+        magnitude = float(self.schedule(step))
+        if not 0 <= magnitude <= 30:
+            raise ValueError(
+                "`schedule` must return magnitudes in [0, 30], the paper's scale. "
+                f"Received: {magnitude} at step {step}. If yours is a fraction, multiply it by 30."
+            )
+        if magnitude != self._assigned:
+            _ = (
+                self.model
+            )  # on the JAX backend this brings the variables back from the train loop, which would overwrite them
+            self.augment.magnitude.assign(magnitude)
+            self._assigned = magnitude
+
+
+def apply(rows: Sequence[Op], images, op, argument, fill_value: float = 0, interpolation: str = "nearest"):
+    """Applies to every image the row that it drew.
+
+    Args:
+        rows: The table.
+        images: uint8 `(batch, height, width, channels)`.
+        op: int32 `(batch,)`, indices into `rows`.
+        argument: float32 `(batch,)`, in the unit of the row.
+        fill_value: See `RandAugment`.
+        interpolation: See `RandAugment`.
+
+    Returns:
+        uint8 `(batch, height, width, channels)`.
+    """
+    if keras.backend.backend() == "jax":
+        return _jitted_select()(tuple(rows), images, op, argument, fill_value, interpolation)
+    return _select(rows, images, op, argument, fill_value, interpolation)
+
+
+def _select(rows, images, op, argument, fill_value, interpolation):
+    """Fused passes over the whole batch: tables and maps are selected per image, then applied once."""
+    batch, height, width, channels = kops.shape(images)
+    tables = kops.broadcast_to(kops.convert_to_tensor(np.arange(256, dtype="uint8")), (batch, channels, 256))
+    matrix = kops.broadcast_to(kops.convert_to_tensor([1.0, 0.0, 0.0, 0.0, 1.0, 0.0]), (batch, 6))
+    for i, row in enumerate(rows):
+        if row.table:
+            tables = kops.where((op == i)[:, None, None], image_ops.to_bytes(row.table(images, argument)), tables)
+        if row.warp:
+            matrix = kops.where((op == i)[:, None], row.warp(argument, height, width), matrix)
+    result = images
+    if any(row.table for row in rows):
+        result = image_ops.lookup(result, tables)
+    if any(row.warp for row in rows):
+        result = image_ops.to_bytes(image_ops.warp(result, matrix, fill_value=fill_value, interpolation=interpolation))
+    for i, row in enumerate(rows):
+        if row.pixels:
+            pixels = image_ops.to_bytes(row.pixels(kops.cast(images, "float32"), argument))
+            result = kops.where((op == i)[:, None, None, None], pixels, result)
+    return result
+
+
+@functools.lru_cache
+def _jitted_select():
+    import jax  # outside of a compiled train step, JAX would run a hundred small programs
+
+    return jax.jit(_select, static_argnums=(0, 4, 5))
+
+
+def _rows(ops: Sequence[str | Op]) -> tuple[Op, ...]:
+    known = {row.name: row for row in OPS}
+    unknown = [row for row in ops if not isinstance(row, Op) and row not in known]
+    if isinstance(ops, str) or unknown or not ops:
+        raise ValueError(
+            f"`ops` must be a list of names or `Op` rows. Allowed names: {', '.join(known)}. Received: ops={ops!r}."
+        )
+    return tuple(row if isinstance(row, Op) else known[row] for row in ops)
+
+
+def _take(column: list[float], op):
+    return kops.take(kops.convert_to_tensor(np.array(column, "float32")), op)
+
+
+def _inside_tf_data() -> bool:
+    """Whether a `tf.data` transformation is being traced: `dataset.map(augment)` is there in order to augment."""
+    if keras.backend.backend() != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    graph = tf.compat.v1.get_default_graph()
+    while graph is not None and not getattr(graph, "name", "").startswith("Dataset_"):
+        graph = getattr(graph, "outer_graph", None)
+    return graph is not None

@@ -1,0 +1,336 @@
+"""Inference-only artifacts of pruned networks, verified before they get their name, with a report of what they hold."""
+
+import contextlib
+import dataclasses
+import gzip
+import io
+import json
+import math
+import os
+import tarfile
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from kerascompress.pruning import prunable_weights, strip_pruning
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportReport:
+    """What an exported network holds; `str(report)` is a table, the JSON file its fields.
+
+    Attributes:
+        model: Name of the network.
+        sparsity: Fraction of zeros over all prunable kernels, in [0, 1].
+        kernels: For each prunable kernel its `name`, `shape`, `weights`, `nonzeros` and `sparsity`.
+        parameters: Numbers that the forward pass reads: weights and the moving statistics of BatchNorm.
+        nonzeros: How many of them are not zero.
+        raw_bytes: Size of the artifact's files.
+        gzip_bytes: Size of the LiteRT file after gzip, or of the SavedModel folder as a .tar.gz.
+        max_error: Largest difference between the outputs of artifact and model, as a fraction of the largest output.
+    """
+
+    model: str
+    sparsity: float
+    kernels: list[dict[str, Any]]
+    parameters: int
+    nonzeros: int
+    raw_bytes: int
+    gzip_bytes: int
+    max_error: float
+
+    def __str__(self) -> str:
+        weights, nonzeros = (sum(kernel[key] for kernel in self.kernels) for key in ("weights", "nonzeros"))
+        rows = [(k["name"], k["shape"], k["weights"], k["nonzeros"], k["sparsity"]) for k in self.kernels]
+        rows.append(("all kernels", "", weights, nonzeros, self.sparsity))
+        width = max(len(row[0]) for row in rows)
+        lines = [f"{'kernel':{width}}  {'shape':18} {'weights':>10} {'non-zero':>10} {'sparsity':>9}"]
+        for name, shape, weights, nonzeros, sparsity in rows:
+            shape = " x ".join(map(str, shape))
+            lines.append(f"{name:{width}}  {shape:18} {weights:10,} {nonzeros:10,} {sparsity:9.2%}")
+        lines.append(f"{self.parameters:,} parameters, {self.nonzeros:,} of them not zero")
+        lines.append(f"{self.raw_bytes:,} bytes, {self.gzip_bytes:,} after gzip")
+        return "\n".join(lines)
+
+
+def export_saved_model(
+    model: keras.Model, path: str | os.PathLike, *, images: np.ndarray | None = None, overwrite: bool = False
+) -> ExportReport:
+    """Exports the network without its pruning wrappers, for inference, as a SavedModel that TensorFlow alone can run.
+
+    The artifact is loaded again with `tf.saved_model.load` and must give the outputs of `model` before it gets the name
+    `path`; if anything fails, `path` stays as it was. It holds the weights that inference reads, each once and named by
+    its Keras path, and nothing of augmentation layers. The report is written into the folder as `report.json`.
+
+    Args:
+        model: A built Sequential or Functional model with one input and one output, pruned or not. It is left as it is.
+        path: Folder to make; missing parents are made too.
+        images: Batch on which the outputs are compared, `(batch, height, width, channels)`. By default four images of
+            random whole numbers from 0 to 255; give your own if the model expects another range.
+        overwrite: Whether a SavedModel at `path` may be replaced. It is replaced only by a verified one.
+
+    Returns:
+        An `ExportReport`: sparsity of every kernel and of all, parameters, non-zeros, raw and gzip bytes.
+
+    Raises:
+        FileExistsError: If `path` exists and `overwrite` is False, or is something else than a SavedModel.
+        ValueError: If the model is not built, is subclassed, or has several inputs or outputs.
+        RuntimeError: If the outputs of the artifact differ from the model's.
+
+    Example:
+        >>> import keras, tempfile, kerascompress as kc
+        >>> net = kc.models.resnet(8, 10, input_shape=(8, 8, 1), width=4)
+        >>> path = tempfile.mkdtemp() + "/net"
+        >>> kc.export_saved_model(net, path).parameters
+        5310
+
+        In a process that has only TensorFlow:
+
+        >>> import tensorflow as tf
+        >>> loaded = tf.saved_model.load(path)
+        >>> loaded.serve(tf.zeros((3, 8, 8, 1))).shape.as_list()
+        [3, 10]
+        >>> loaded.weights[0].name
+        'stem/kernel:0'
+    """
+    path = Path(os.path.abspath(path))
+    if overwrite and os.path.lexists(path) and not (path / "saved_model.pb").is_file():
+        raise FileExistsError(f"`overwrite=True` replaces SavedModels only, and {path} is none. Choose another path.")
+    small, images, expected = _check_and_strip(model, images)
+    with _staged(path, overwrite) as new:
+        weights = _write_saved_model(small, images, new)
+        report = _report(small, weights, new, _max_error(small, _run_saved_model(new, images), expected))
+        (new / "report.json").write_text(_json(report))
+    return report
+
+
+def export_litert(
+    model: keras.Model, path: str | os.PathLike, *, images: np.ndarray | None = None, overwrite: bool = False
+) -> ExportReport:
+    """Exports the network without its pruning wrappers, for inference, as a LiteRT (TensorFlow Lite) file.
+
+    Kernels with enough zeros are stored in LiteRT's sparse format, so the file itself shrinks. The file is run with the
+    LiteRT interpreter and must give the outputs of `model` before it gets the name `path`. The report is written to
+    `path` + ".json".
+
+    Args:
+        model: As for `export_saved_model`.
+        path: File to make, ending in ".tflite".
+        images: As for `export_saved_model`.
+        overwrite: Whether a file at `path` may be replaced. It is replaced only by a verified one.
+
+    Returns:
+        An `ExportReport`: sparsity of every kernel and of all, parameters, non-zeros, raw and gzip bytes.
+
+    Raises:
+        FileExistsError: If `path` exists and `overwrite` is False, or is a folder.
+        ValueError: As for `export_saved_model`, or if `path` does not end in ".tflite".
+        RuntimeError: If the outputs of the file differ from the model's.
+
+    Example:
+        >>> import tempfile, kerascompress as kc
+        >>> net = kc.models.resnet(8, 10, input_shape=(8, 8, 1), width=4)
+        >>> kc.export_litert(net, tempfile.mkdtemp() + "/net.tflite").parameters
+        5310
+    """
+    path = Path(os.path.abspath(path))
+    if path.suffix != ".tflite":
+        raise ValueError(f"A LiteRT file ends in '.tflite'. Received: path={str(path)!r}.")
+    if path.is_dir():
+        raise FileExistsError(f"{path} is a folder. Choose another path.")
+    import tensorflow as tf
+
+    small, images, expected = _check_and_strip(model, images)
+    with _staged(path, overwrite) as new, _staged(path.with_name(path.name + ".json"), overwrite=True) as new_report:
+        weights = _write_saved_model(small, images, new.with_name("saved_model"))
+        converter = tf.lite.TFLiteConverter.from_saved_model(str(new.with_name("saved_model")))
+        converter.optimizations = [tf.lite.Optimize.EXPERIMENTAL_SPARSITY]
+        new.write_bytes(converter.convert())
+        report = _report(small, weights, new, _max_error(small, _run_litert(new, images), expected))
+        new_report.write_text(_json(report))
+    return report
+
+
+@contextlib.contextmanager
+def _staged(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary path that becomes `path` if all goes well, and nothing otherwise."""
+    if os.path.lexists(path) and not overwrite:
+        raise FileExistsError(f"{path} exists already. Choose another path, or pass `overwrite=True` to replace it.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+        new, old = Path(folder, "new"), Path(folder, "old")
+        yield new
+        if os.path.lexists(path):
+            if not overwrite:  # somebody else made it in the meantime
+                raise FileExistsError(f"{path} was made by somebody else during the export. Choose another path.")
+            os.rename(path, old)
+        try:
+            os.rename(new, path)
+        except OSError:
+            if os.path.lexists(old):
+                os.rename(old, path)
+            raise
+
+
+def _check_and_strip(model, images) -> tuple[keras.Model, np.ndarray, np.ndarray]:
+    """The stripped model, a batch of images, and the outputs that the artifact must give for them."""
+    if isinstance(model, keras.Model) and not model.built:
+        raise ValueError(f"Build or call the model before exporting it. Received: {model.name!r}, which is not built.")
+    small = strip_pruning(model)
+    if len(small.inputs) != 1 or len(small.outputs) != 1:
+        raise ValueError(
+            "Only a model with one input and one output can be exported. "
+            f"Received: {model.name!r} with {len(small.inputs)} inputs and {len(small.outputs)} outputs."
+        )
+    if images is None:
+        shape = [4, *(size or 32 for size in small.inputs[0].shape[1:])]
+        images = np.random.default_rng(0).integers(0, 256, shape)
+    images = np.asarray(images).astype(small.inputs[0].dtype)
+    expected = _float32(model(images, training=False))
+    if not np.isfinite(expected).all():
+        raise ValueError(
+            f"The outputs of {model.name!r} are not all finite, so the artifact cannot be checked against them. If the "
+            "weights are, then the model expects other inputs than pixels from 0 to 255: pass some as `images`."
+        )
+    return small, images, expected
+
+
+class _ReadVariables(keras.StatelessScope):
+    """Collects the ids of the variables that are read in the scope."""
+
+    def __init__(self):
+        super().__init__()
+        self.ids: set[int] = set()
+
+    def get_current_value(self, variable):
+        self.ids.add(id(variable))
+        return super().get_current_value(variable)
+
+
+def _write_saved_model(model, images, folder) -> list[keras.Variable]:
+    """Writes the forward pass and the variables it reads, which are returned.
+
+    Not `model.export`: it stores every variable twice on TensorFlow, and on JAX keeps the state of augmentation layers
+    and assigns to variables in every call.
+    """
+    import tensorflow as tf
+
+    with _ReadVariables() as read:
+        model(images, training=False)
+    weights = [variable for variable in model.variables if id(variable) in read.ids]
+
+    def forward(values, images):
+        with keras.StatelessScope(state_mapping=list(zip(weights, values, strict=True))):
+            return model(images, training=False)
+
+    shape = model.inputs[0].shape
+    if keras.backend.backend() == "jax":
+        from jax.experimental import jax2tf
+
+        free = ", ".join(f"size{axis}" if size is None else str(size) for axis, size in enumerate(shape))
+        forward = jax2tf.convert(
+            forward,
+            polymorphic_shapes=[None, f"({free})"],
+            with_gradient=False,
+            native_serialization_platforms=("cpu", "cuda"),  # wherever it was trained
+        )
+    module = tf.Module()
+    module.weights = [
+        tf.Variable(keras.ops.convert_to_numpy(weight.value), trainable=False, name=weight.path) for weight in weights
+    ]
+    module.serve = tf.function(
+        lambda images: forward([weight.value() for weight in module.weights], images),
+        input_signature=[tf.TensorSpec(shape, model.inputs[0].dtype, name="images")],
+        autograph=False,
+    )
+    options = tf.saved_model.SaveOptions(experimental_debug_stripper=True)
+    tf.saved_model.save(module, str(folder), signatures=module.serve, options=options)
+    return weights
+
+
+def _run_saved_model(folder, images) -> np.ndarray:
+    import tensorflow as tf
+
+    loaded = tf.saved_model.load(str(folder))  # must outlive the call: its functions do not keep its variables
+    return loaded.serve(images).numpy()
+
+
+def _run_litert(file, images) -> np.ndarray:
+    import tensorflow as tf
+
+    with warnings.catch_warnings():
+        # Its successor is a package of its own, needed for nothing else here.
+        warnings.filterwarnings("ignore", r"\s*Warning: tf.lite.Interpreter is deprecated", UserWarning)
+        interpreter = tf.lite.Interpreter(str(file))
+    return interpreter.get_signature_runner("serving_default")(images=images)["output_0"]
+
+
+def _float32(tensor) -> np.ndarray:
+    return keras.ops.convert_to_numpy(tensor).astype("float32")
+
+
+def _max_error(model, outputs, expected) -> float:
+    """Largest difference as a fraction of the largest expected output; more than rounding is an error."""
+    error = float(np.max(np.abs(outputs.astype("float32") - expected)) / max(np.max(np.abs(expected)), 1e-30))
+    half = any(layer.compute_dtype in ("float16", "bfloat16") for layer in model._flatten_layers())
+    tolerance = 5e-2 if half else 1e-2  # on a GPU, convolutions in float32 round to 10 bits of mantissa
+    if not error <= tolerance:  # so that NaN fails
+        raise RuntimeError(
+            f"The exported network does not compute what {model.name!r} computes: outputs differ by {error:.2g} of the "
+            f"largest one, where rounding explains {tolerance:g}. Nothing was written."
+        )
+    return error
+
+
+def _report(model, weights, artifact: Path, max_error: float) -> ExportReport:
+    nonzeros = {id(weight): int(np.count_nonzero(_float32(weight.value))) for weight in weights}
+    kernels = [kernel for kernel in prunable_weights(model) if id(kernel) in nonzeros]
+    total = sum(_size(kernel) for kernel in kernels)
+    raw_bytes, gzip_bytes = _file_sizes(artifact)
+    return ExportReport(
+        model=model.name,
+        sparsity=1 - sum(nonzeros[id(kernel)] for kernel in kernels) / total if total else 0.0,
+        kernels=[
+            {
+                "name": kernel.path,
+                "shape": list(kernel.shape),
+                "weights": _size(kernel),
+                "nonzeros": nonzeros[id(kernel)],
+                "sparsity": 1 - nonzeros[id(kernel)] / _size(kernel),
+            }
+            for kernel in kernels
+        ],
+        parameters=sum(_size(weight) for weight in weights),
+        nonzeros=sum(nonzeros.values()),
+        raw_bytes=raw_bytes,
+        gzip_bytes=gzip_bytes,
+        max_error=max_error,
+    )
+
+
+def _size(weight) -> int:
+    return math.prod(weight.shape)
+
+
+def _file_sizes(artifact: Path) -> tuple[int, int]:
+    """Bytes of a file or of the files in a folder, plain and after gzip; names and times of files do not count."""
+    if artifact.is_file():
+        data = artifact.read_bytes()
+        return len(data), len(gzip.compress(data, mtime=0))
+    files = sorted(file for file in artifact.rglob("*") if file.is_file())
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        for file in files:
+            entry = tarfile.TarInfo(file.relative_to(artifact).as_posix())  # no times, no owners
+            entry.size = file.stat().st_size
+            archive.addfile(entry, io.BytesIO(file.read_bytes()))
+    return sum(file.stat().st_size for file in files), len(gzip.compress(packed.getvalue(), mtime=0))
+
+
+def _json(report: ExportReport) -> str:
+    return json.dumps(dataclasses.asdict(report), indent=2) + "\n"

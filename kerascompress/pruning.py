@@ -1,0 +1,710 @@
+"""Magnitude pruning of Keras 3 layers and models, with tfmot's names, arguments and schedules.
+
+A wrapper multiplies its layer's kernels with a mask in the forward pass; a callback recomputes the masks between batches,
+as the schedule says. The masks are arithmetic on NumPy arrays, so that they are the same on every backend.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+from kerascompress import schedules
+from kerascompress.schedules import Schedule, StepCallback, check_schedule, evaluate
+
+SCOPES = ("layer", "global")
+POOLING_TYPES = ("AVG", "MAX")
+
+# Kind of layer -> attributes that hold its prunable kernels. Biases and normalisation never appear here.
+PRUNABLE_KERNELS: dict[type, tuple[str, ...]] = {
+    layers.Dense: ("kernel",),
+    layers.EinsumDense: ("kernel",),
+    layers.Conv1D: ("kernel",),
+    layers.Conv2D: ("kernel",),
+    layers.Conv3D: ("kernel",),
+    layers.Conv1DTranspose: ("kernel",),
+    layers.Conv2DTranspose: ("kernel",),
+    layers.Conv3DTranspose: ("kernel",),
+    layers.DepthwiseConv1D: ("kernel",),
+    layers.DepthwiseConv2D: ("kernel",),
+    layers.SeparableConv1D: ("depthwise_kernel", "pointwise_kernel"),
+    layers.SeparableConv2D: ("depthwise_kernel", "pointwise_kernel"),
+    layers.Embedding: ("embeddings",),
+    layers.SimpleRNNCell: ("kernel", "recurrent_kernel"),
+    layers.GRUCell: ("kernel", "recurrent_kernel"),
+    layers.LSTMCell: ("kernel", "recurrent_kernel"),
+}
+
+
+# --- masks: arithmetic on arrays ---------------------------------------------------------------------------------------
+
+
+def magnitude_mask(weights: np.ndarray, sparsity: float) -> tuple[np.ndarray, np.floating]:
+    """Keeps the largest magnitudes: `(mask, threshold)`, with tfmot's rounding; ties with the threshold are kept."""
+    magnitudes = np.abs(weights)
+    # float32, because tfmot computes in it: 5 weights at sparsity 0.3 are 3.5 in float32 and 3.4999 in float64.
+    keep = max(int(np.round(np.float32(magnitudes.size) * (np.float32(1) - np.float32(sparsity)))), 1)
+    threshold = np.partition(magnitudes, magnitudes.size - keep, axis=None)[magnitudes.size - keep]
+    return magnitudes >= threshold, threshold
+
+
+def block_mask(
+    weights: np.ndarray, sparsity: float, *, block_size: tuple[int, int], pooling_type: str
+) -> tuple[np.ndarray, np.floating]:
+    """Keeps the blocks of a 2-D kernel whose average or maximal magnitude is largest: `(mask, threshold)`."""
+    height, width = block_size
+    # tfmot pools with TensorFlow's "SAME" padding, half of the overhang before the first row, although the blocks of its
+    # mask begin at the first row; padding takes no part in an average.
+    overhang = [-size % block for size, block in zip(weights.shape, block_size, strict=True)]
+    padding = [(each // 2, each - each // 2) for each in overhang]
+
+    def in_blocks(array):
+        padded = np.pad(array, padding)
+        return padded.reshape(padded.shape[0] // height, height, padded.shape[1] // width, width)
+
+    if pooling_type == "MAX":
+        pooled = in_blocks(np.abs(weights)).max(axis=(1, 3))
+    else:
+        pooled = in_blocks(np.abs(weights)).sum(axis=(1, 3)) / in_blocks(np.ones_like(weights)).sum(axis=(1, 3))
+    mask, threshold = magnitude_mask(pooled, sparsity)
+    return np.repeat(np.repeat(mask, height, 0), width, 1)[: weights.shape[0], : weights.shape[1]], threshold
+
+
+def m_by_n_mask(weights: np.ndarray, m: int, n: int) -> np.ndarray:
+    """Zeroes the m smallest of every n consecutive weights along the input channels (the last axis in LiteRT's layout)."""
+    by_output = np.moveaxis(np.abs(weights), -1, 0)  # dense (out, in), convolution (out, height, width, in)
+    size = by_output.shape[-1]
+    padded = np.pad(by_output, [(0, 0)] * (weights.ndim - 1) + [(0, -size % n)])
+    groups = padded.reshape(-1, n)
+    mask = np.zeros(groups.shape, bool)
+    np.put_along_axis(mask, np.argsort(-groups, axis=1, kind="stable")[:, : n - m], True, axis=1)
+    return np.moveaxis(mask.reshape(padded.shape)[..., :size], 0, -1)
+
+
+# --- the wrapper -------------------------------------------------------------------------------------------------------
+
+
+def prunable_weights(layer: keras.Layer) -> list[keras.Variable]:
+    """The kernels that pruning may zero in a built layer or model: what `get_prunable_weights()` or the table above says."""
+    if hasattr(layer, "get_prunable_weights"):
+        return list(layer.get_prunable_weights())
+    weights = [getattr(layer, name) for name in _kernel_names(layer)]
+    for child in _children(layer):
+        weights += [weight for weight in prunable_weights(child) if all(weight is not known for known in weights)]
+    return weights
+
+
+@keras.saving.register_keras_serializable("kerascompress")
+class PruneLowMagnitude(layers.Wrapper):
+    """Prunes the kernels of a Keras 3 layer by magnitude while it trains.
+
+    The forward pass computes with `kernel * mask`; gradients of masked weights are zero. `UpdatePruningStep` recomputes the
+    masks from the raw kernels at the steps of the schedule, and zeroes the raw kernels at every mask update, at the end of
+    every epoch and whenever the layer is saved, so that checkpoints are sparse.
+
+    Args:
+        layer: A layer with prunable kernels: dense, convolution (also transposed, separable, depthwise), `EinsumDense`,
+            `Embedding`, recurrent and attention layers, wrappers of these, or a layer of your own whose
+            `get_prunable_weights()` returns the variables to prune.
+        pruning_schedule: When to prune and to which sparsity: `PolynomialDecay`, `ConstantSparsity` or any callable
+            `step -> (should_prune, sparsity)` with sparsity in [0, 1). Step 0 is the moment before the first batch.
+            Defaults to `ConstantSparsity(0.5, 0)`.
+        block_size: `(height, width)` of the blocks in which a 2-dimensional kernel is zeroed.
+        block_pooling_type: `"AVG"` or `"MAX"`, how a block's magnitude is computed from its weights.
+        sparsity_m_by_n: `(m, n)`, m zeros in every n consecutive weights along the input channels of 2- or 4-dimensional
+            kernels, e.g. `(2, 4)`. The mask is computed once, when training begins; the schedule is not asked.
+        scope: `"layer"` gives every kernel the sparsity of the schedule (tfmot). `"global"` compares the magnitudes of all
+            kernels of the model that have this schedule and prunes the smallest, wherever they are (the paper).
+        **kwargs: Passed to `keras.layers.Layer`.
+
+    Attributes:
+        pruning_vars: List of `(kernel, mask, threshold)` variables; in a mask, True keeps.
+        pruning_step: Variable, optimizer updates seen, -1 before the first.
+
+    Raises:
+        ValueError: If an argument is out of range or the layer has nothing to prune.
+        TypeError: If `pruning_schedule` is not callable.
+
+    Example:
+        >>> import keras, kerascompress as kc
+        >>> model = keras.Sequential([keras.Input((8,)), kc.PruneLowMagnitude(keras.layers.Dense(4))])
+        >>> [(kernel.shape, mask.shape) for kernel, mask, _ in model.layers[0].pruning_vars]
+        [((8, 4), (8, 4))]
+
+    Reference:
+        Zhu, Gupta, "To prune, or not to prune", 2017; TensorFlow Model Optimization's `PruneLowMagnitude`; Equation 5 of Yu,
+        Zhang, Ma, "Revisiting Data Augmentation in Model Compression".
+    """
+
+    def __init__(
+        self,
+        layer: keras.Layer,
+        pruning_schedule: Schedule | None = None,
+        block_size: tuple[int, int] = (1, 1),
+        block_pooling_type: str = "AVG",
+        sparsity_m_by_n: tuple[int, int] | None = None,
+        scope: str = "layer",
+        **kwargs,
+    ):
+        if not isinstance(layer, keras.Layer) or isinstance(layer, keras.Model):
+            raise ValueError(
+                "`PruneLowMagnitude` wraps one Keras 3 layer. "
+                f"Received: layer={layer!r} of type {type(layer).__module__}.{type(layer).__name__}. "
+                "Use `prune_low_magnitude(model)` for a model; a Keras 2 (tf_keras) layer must be rebuilt with Keras 3."
+            )
+        if not _is_prunable(layer):
+            raise ValueError(
+                f"Layer {layer.name!r} of type {type(layer).__name__} has no kernel that can be pruned. Prunable are "
+                f"{', '.join(kind.__name__ for kind in PRUNABLE_KERNELS)} and layers made of them. "
+                "Give a layer of your own a method `get_prunable_weights()` that returns the variables to prune."
+            )
+        if pruning_schedule is None:
+            pruning_schedule = schedules.ConstantSparsity(0.5, 0)
+        check_schedule(pruning_schedule, "pruning_schedule")
+        if block_pooling_type not in POOLING_TYPES:
+            raise ValueError(f"`block_pooling_type` must be one of {POOLING_TYPES}. Received: {block_pooling_type!r}.")
+        if scope not in SCOPES:
+            raise ValueError(f"`scope` must be one of {SCOPES}. Received: scope={scope!r}.")
+        self.block_size = _pair(block_size, "block_size")
+        if min(self.block_size) < 1:
+            raise ValueError(f"`block_size` must be positive. Received: block_size={block_size}.")
+        self.sparsity_m_by_n = None if sparsity_m_by_n is None else _pair(sparsity_m_by_n, "sparsity_m_by_n")
+        if self.sparsity_m_by_n and not 0 < self.sparsity_m_by_n[0] < self.sparsity_m_by_n[1]:
+            raise ValueError(
+                "`sparsity_m_by_n=(m, n)` means m zeros in every n weights, with 0 < m < n. "
+                f"Received: sparsity_m_by_n={sparsity_m_by_n}."
+            )
+        if scope == "global" and (self.sparsity_m_by_n or self.block_size != (1, 1)):
+            raise ValueError(
+                "`scope='global'` compares single weights across kernels, so it cannot be combined with `block_size` or "
+                f"`sparsity_m_by_n`. Received: block_size={block_size}, sparsity_m_by_n={sparsity_m_by_n}. "
+                "Use scope='layer' for these."
+            )
+        kwargs.setdefault("name", f"prune_low_magnitude_{layer.name}")
+        kwargs.setdefault("dtype", layer.dtype_policy)
+        super().__init__(layer, **kwargs)
+        self.pruning_schedule = pruning_schedule
+        self.block_pooling_type = block_pooling_type
+        self.scope = scope
+        self.supports_masking = layer.supports_masking
+        self.pruning_vars: list[tuple[keras.Variable, keras.Variable, keras.Variable]] = []
+        self.step = -1  # `pruning_step` on the host; written to the variable when it is saved
+        self._is_driven = False  # whether an UpdatePruningStep drives this layer
+
+    def build(self, input_shape=None):
+        super().build(input_shape)
+        for kernel in prunable_weights(self.layer):
+            self._check_rank(kernel)
+            settings = {"trainable": False, "aggregation": "only_first_replica"}
+            mask = self.add_weight(name="mask", shape=kernel.shape, dtype="bool", initializer="ones", **settings)
+            threshold = self.add_weight(
+                name="threshold", shape=(), dtype=kernel.dtype, initializer="zeros", autocast=False, **settings
+            )
+            self.pruning_vars.append((kernel, mask, threshold))
+        self.pruning_step = self.add_weight(
+            name="pruning_step",
+            shape=(),
+            dtype="int32",
+            initializer=keras.initializers.Constant(-1),
+            trainable=False,
+            aggregation="only_first_replica",
+        )
+
+    def call(self, inputs, *args, training=None, **kwargs):
+        if training and not self._is_driven:
+            raise RuntimeError(
+                "A model with pruned layers is trained with the `UpdatePruningStep` callback, which tells them the step. "
+                "Make and compile the model again, and add it: `model.fit(..., callbacks=[kerascompress.UpdatePruningStep()])`. In a "
+                "training loop of your own, call its `set_model`, `on_train_begin`, `on_epoch_begin`, `on_train_batch_end` "
+                "and `on_epoch_end`."
+            )
+        # Inside a StatelessScope a variable has the value given here; without the scope, a masked copy of a kernel could
+        # not take the kernel's place, whatever the layer computes with it.
+        values = {id(variable): variable.value for variable in self.layer.variables}
+        for kernel, mask, _ in self.pruning_vars:
+            values[id(kernel)] = _masked(kernel, mask)
+        state = [(variable, values[id(variable)]) for variable in self.layer.variables]
+        with keras.StatelessScope(state_mapping=state, collect_losses=True) as scope:
+            outputs = self.layer(inputs, *args, **kwargs)
+        for variable in self.layer.non_trainable_variables:
+            if scope.get_current_value(variable) is not values[id(variable)]:
+                variable.assign(scope.get_current_value(variable))
+        for loss in scope.losses:
+            self.add_loss(loss)
+        return outputs
+
+    def compute_mask(self, inputs, previous_mask=None):
+        return self.layer.compute_mask(inputs, previous_mask)
+
+    def get_prunable_weights(self) -> list[keras.Variable]:
+        """The wrapped layer's kernels, raw: under the mask they may be anything."""
+        return [kernel for kernel, _, _ in self.pruning_vars]
+
+    def effective_weights(self) -> list[np.ndarray]:
+        """The kernels as the forward pass sees them: zero where the mask is."""
+        return [np.where(_numpy(mask), _numpy(kernel), 0) for kernel, mask, _ in self.pruning_vars]
+
+    def settle(self) -> None:
+        """Makes the state what it means: masked weights become zero, the step variable current."""
+        if not self.built:
+            return
+        for kernel, mask, _ in self.pruning_vars:
+            kernel.assign(_masked(kernel, mask))
+        self.pruning_step.assign(self.step)
+
+    def update_masks(self, sparsity: float) -> None:
+        """Recomputes the masks of this layer alone, from its raw kernels."""
+        for kernel, mask, threshold in self.pruning_vars:
+            weights = _numpy(kernel)
+            if self.sparsity_m_by_n:
+                mask.assign(m_by_n_mask(weights, *self.sparsity_m_by_n))
+                continue
+            if self.block_size == (1, 1):
+                new_mask, new_threshold = magnitude_mask(weights, sparsity)
+            else:
+                new_mask, new_threshold = block_mask(
+                    weights, sparsity, block_size=self.block_size, pooling_type=self.block_pooling_type
+                )
+            mask.assign(new_mask)
+            threshold.assign(new_threshold)
+
+    def save_own_variables(self, store):
+        self.settle()
+        super().save_own_variables(store)
+
+    def load_own_variables(self, store):
+        super().load_own_variables(store)
+        self.step = int(_numpy(self.pruning_step))
+
+    def get_config(self):
+        schedule = self.pruning_schedule
+        return {
+            **super().get_config(),
+            "pruning_schedule": schedule.get_config()
+            if _is_tfmot(schedule)
+            else keras.saving.serialize_keras_object(schedule),
+            "block_size": self.block_size,
+            "block_pooling_type": self.block_pooling_type,
+            "sparsity_m_by_n": self.sparsity_m_by_n,
+            "scope": self.scope,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = dict(config)
+        schedule = config["pruning_schedule"]
+        if isinstance(schedule, dict) and schedule.get("class_name") in schedules._TFMOT_NAMES:
+            config["pruning_schedule"] = getattr(schedules, schedule["class_name"])(**schedule["config"])
+        else:
+            config["pruning_schedule"] = keras.saving.deserialize_keras_object(schedule, custom_objects)
+        return super().from_config(config, custom_objects)
+
+    def _check_rank(self, kernel) -> None:
+        rank = len(kernel.shape)
+        if self.block_size != (1, 1) and rank != 2:
+            raise ValueError(
+                f"`block_size` needs 2-dimensional kernels. Received: block_size={self.block_size} for kernel "
+                f"{kernel.path!r} of shape {kernel.shape}. Exclude the layer with a `pruning_policy`."
+            )
+        if self.sparsity_m_by_n and rank not in (2, 4):
+            raise ValueError(
+                f"`sparsity_m_by_n` needs 2- or 4-dimensional kernels. Received: sparsity_m_by_n={self.sparsity_m_by_n} "
+                f"for kernel {kernel.path!r} of shape {kernel.shape}. Exclude the layer with a `pruning_policy`."
+            )
+
+
+def update_global_masks(wrappers: list[PruneLowMagnitude], sparsity: float) -> None:
+    """One threshold over the raw kernels of all wrappers, as `torch.nn.utils.prune.global_unstructured` with L1."""
+    variables = [each for wrapper in wrappers for each in wrapper.pruning_vars]
+    weights = [_numpy(kernel) for kernel, _, _ in variables]
+    flat_mask, new_threshold = magnitude_mask(np.concatenate([each.ravel() for each in weights]), sparsity)
+    ends = np.cumsum([each.size for each in weights])[:-1]
+    for (_, mask, threshold), part in zip(variables, np.split(flat_mask, ends), strict=True):
+        mask.assign(part.reshape(mask.shape))
+        threshold.assign(new_threshold)
+
+
+# --- models ------------------------------------------------------------------------------------------------------------
+
+
+def prune_low_magnitude(
+    to_prune: Any,
+    pruning_schedule: Schedule | None = None,
+    block_size: tuple[int, int] = (1, 1),
+    block_pooling_type: str = "AVG",
+    pruning_policy: Any = None,
+    sparsity_m_by_n: tuple[int, int] | None = None,
+    scope: str = "layer",
+    **kwargs,
+) -> Any:
+    """Makes a layer, a list of layers or a model prunable: tfmot's function of that name, for Keras 3.
+
+    Args:
+        to_prune: A Keras 3 layer, a list of layers, or a Sequential or Functional model, nested ones included. A model is
+            copied with its weights and left as it is; its layers without kernels stay as they are.
+        pruning_schedule, block_size, block_pooling_type, sparsity_m_by_n, scope: See `PruneLowMagnitude`.
+        pruning_policy: An object with `allow_pruning(layer) -> bool`, asked for every prunable layer of a model, and
+            `ensure_model_supports_pruning(model)`, which may raise.
+        **kwargs: Passed to the wrapper when `to_prune` is a layer.
+
+    Returns:
+        The wrapped layer, the list of wrapped layers, or a new uncompiled model.
+
+    Raises:
+        ValueError: If there is nothing to prune, for a subclassed model, or for anything that is no Keras 3 object.
+
+    Example:
+        >>> import keras, kerascompress as kc
+        >>> dense = keras.Sequential(
+        ...     [keras.Input((8,)), keras.layers.Dense(4), keras.layers.ReLU(), keras.layers.Dense(2)]
+        ... )
+        >>> pruned = kc.prune_low_magnitude(
+        ...     dense, pruning_schedule=kc.ConstantSparsity(0.5, begin_step=0), scope="global"
+        ... )
+        >>> [layer.name.startswith("prune_low_magnitude") for layer in pruned.layers]
+        [True, False, True]
+
+    Reference:
+        TensorFlow Model Optimization's `tfmot.sparsity.keras.prune_low_magnitude`.
+    """
+    settings = {
+        "pruning_schedule": schedules.ConstantSparsity(0.5, 0) if pruning_schedule is None else pruning_schedule,
+        "block_size": block_size,
+        "block_pooling_type": block_pooling_type,
+        "sparsity_m_by_n": sparsity_m_by_n,
+        "scope": scope,
+    }
+    if isinstance(to_prune, (list, tuple)):
+        return [
+            layer
+            if isinstance(layer, (PruneLowMagnitude, layers.InputLayer)) or not _is_prunable(layer)
+            else PruneLowMagnitude(layer, **settings)
+            for layer in to_prune
+        ]
+    if not isinstance(to_prune, keras.Model):
+        return PruneLowMagnitude(to_prune, **settings, **kwargs)
+    if pruning_policy is not None:
+        pruning_policy.ensure_model_supports_pruning(to_prune)
+
+    def prune(layer):
+        if isinstance(layer, PruneLowMagnitude):
+            return _copy(layer)
+        if not _is_prunable(layer):
+            _warn_of_dense_weights(layer)
+            return _copy(layer)
+        if pruning_policy is not None and not pruning_policy.allow_pruning(layer):
+            return _copy(layer)
+        return PruneLowMagnitude(_copy(layer), **settings)
+
+    pruned = _rebuild(to_prune, prune)
+    if not any(_wrappers(pruned)):
+        raise ValueError(
+            f"Model {to_prune.name!r} has no layer to prune. Prunable are "
+            f"{', '.join(kind.__name__ for kind in PRUNABLE_KERNELS)}, layers made of them, and layers with a method "
+            f"`get_prunable_weights()`. Received: pruning_policy={pruning_policy!r}."
+        )
+    return pruned
+
+
+def strip_pruning(model: keras.Model) -> keras.Model:
+    """A plain copy of a pruned model, without wrappers, its masked weights exactly zero.
+
+    Args:
+        model: A Sequential or Functional model, nested ones included. It is left as it is.
+
+    Returns:
+        A new, uncompiled model with the layers and names that the model had before pruning.
+
+    Raises:
+        ValueError: If `model` is no Keras 3 model, or is subclassed.
+
+    Example:
+        >>> import keras, kerascompress as kc
+        >>> pruned = kc.prune_low_magnitude(keras.Sequential([keras.Input((8,)), keras.layers.Dense(4, name="head")]))
+        >>> [layer.name for layer in kc.strip_pruning(pruned).layers]
+        ['head']
+    """
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"`strip_pruning` needs a Keras 3 model. Received: {model!r} of type {type(model).__name__}.")
+    return _rebuild(model, lambda layer: _copy(layer.layer if isinstance(layer, PruneLowMagnitude) else layer))
+
+
+def sparsity(model: keras.Layer) -> float:
+    """The fraction of zeros over the prunable kernels of a model or layer, as the forward pass sees them.
+
+    Args:
+        model: A built model or layer, pruned, stripped or dense.
+
+    Returns:
+        Zeros / weights, in [0, 1] (1 − Card/Num of Equation 5, over the kernels).
+
+    Raises:
+        ValueError: If there is no prunable kernel.
+
+    Example:
+        >>> import keras, kerascompress as kc
+        >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, kernel_initializer="zeros")])
+        >>> kc.sparsity(model)
+        1.0
+    """
+    kernels = list(_effective_kernels(model))
+    if not kernels:
+        raise ValueError(f"{type(model).__name__} {model.name!r} has no prunable kernel, or is not built yet.")
+    weights = sum(kernel.size for kernel in kernels)
+    return (weights - sum(np.count_nonzero(kernel) for kernel in kernels)) / weights
+
+
+# --- callbacks ---------------------------------------------------------------------------------------------------------
+
+
+class UpdatePruningStep(StepCallback):
+    """Drives the pruned layers of a model through its training: required in `fit`, as in tfmot.
+
+    Counts the optimizer's updates and, whenever a step at which a schedule prunes lies between the last batch and this one,
+    recomputes the masks; so `steps_per_execution` may be anything. If the schedule has an `end_step`, there is an update at
+    that very step even when the frequency misses it. Step 0 lies before the first batch. A model that was saved and loaded
+    goes on where it was.
+
+    Example:
+        >>> import keras, numpy as np, kerascompress as kc
+        >>> dense = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+        >>> pruned = kc.prune_low_magnitude(dense, pruning_schedule=kc.ConstantSparsity(0.75, begin_step=0))
+        >>> pruned.compile("sgd", "mse")
+        >>> images, targets = np.ones((16, 8), "float32"), np.ones((16, 4), "float32")
+        >>> _ = pruned.fit(images, targets, verbose=0, callbacks=[kc.UpdatePruningStep()])
+        >>> kc.sparsity(pruned)
+        0.75
+    """
+
+    def on_train_begin(self, logs=None):
+        self._groups: dict[Any, list[PruneLowMagnitude]] = {}
+        self._first: dict[Any, int] = {}
+        for wrapper in _wrappers(self.model):
+            wrapper._is_driven = True
+            self._groups.setdefault(_group(wrapper), []).append(wrapper)
+        self._optimizer_step: int | None = None
+        super().on_train_begin(logs)
+
+    def on_step(self, step):
+        updates = 0 if self._optimizer_step is None else step - self._optimizer_step
+        self._optimizer_step = step
+        for wrappers in self._groups.values():
+            if not all(wrapper.built for wrapper in wrappers):
+                continue  # a model without an input shape is built by its first batch; step 0 is then made up for
+            last = wrappers[0].step
+            now = max(last, 0) + updates
+            for wrapper in wrappers:
+                wrapper.step = now
+            self._maybe_update(wrappers, last, now)
+
+    def on_epoch_end(self, epoch, logs=None):
+        _ = self.model  # on JAX: brings the state back before it is changed
+        for wrappers in self._groups.values():
+            for wrapper in wrappers:
+                wrapper.settle()
+
+    def on_train_end(self, logs=None):
+        self.on_epoch_end(None)
+
+    def _maybe_update(self, wrappers, last: int, now: int) -> None:
+        """Updates the masks if a scheduled step lies in (last, now]."""
+        schedule = wrappers[0].pruning_schedule
+        if wrappers[0].sparsity_m_by_n:
+            due = [(0, 0.0)] if last < 0 else []
+        else:
+            end_step = getattr(schedule, "end_step", -1)
+            due = []
+            for step in range(last + 1, now + 1):
+                should_prune, target = evaluate(schedule, step)
+                if should_prune or step == end_step:
+                    due.append((step, target))
+        if not due:
+            return
+        step, target = due[-1]
+        if not 0 <= target < 1:
+            raise ValueError(
+                f"A pruning schedule must return a sparsity in [0, 1), a fraction of zeros. Received: {target} at step {step} "
+                f"from {schedule!r}. If yours are percent, divide them by 100."
+            )
+        _ = self.model  # on JAX: brings the state back before it is read and changed
+        if wrappers[0].scope == "global":
+            update_global_masks(wrappers, target)
+        else:
+            for wrapper in wrappers:
+                wrapper.update_masks(target)
+        for wrapper in wrappers:
+            wrapper.settle()
+
+
+class PruningSummaries(keras.callbacks.TensorBoard):
+    """TensorBoard with the sparsity and the threshold of every pruned kernel, and the sparsity of all, at each epoch.
+
+    Args:
+        log_dir: Folder for the event files; the pruning scalars go to its subfolder `metrics`, against the optimizer's step.
+        update_freq, **kwargs: See `keras.callbacks.TensorBoard`.
+
+    Raises:
+        ValueError: If `log_dir` is not a non-empty string.
+    """
+
+    def __init__(self, log_dir: str, update_freq="epoch", **kwargs):
+        if not isinstance(log_dir, (str, os.PathLike)) or not str(log_dir):
+            raise ValueError(f"`log_dir` must be a non-empty path. Received: log_dir={log_dir!r}.")
+        super().__init__(log_dir=str(log_dir), update_freq=update_freq, **kwargs)
+        self._pruning_writer: Any = None
+
+    def on_epoch_end(self, epoch, logs=None):
+        import tensorflow as tf  # noqa: PLC0415
+
+        super().on_epoch_end(epoch, logs)
+        if self._pruning_writer is None:
+            self._pruning_writer = tf.summary.create_file_writer(os.path.join(self.log_dir, "metrics"))
+        step = int(ops.convert_to_numpy(self.model.optimizer.iterations))
+        with self._pruning_writer.as_default():
+            for wrapper in _wrappers(self.model):
+                for kernel, mask, threshold in wrapper.pruning_vars:
+                    tf.summary.scalar(f"{kernel.path}/sparsity", 1 - np.mean(_numpy(mask)), step=step)
+                    tf.summary.scalar(f"{kernel.path}/threshold", float(_numpy(threshold)), step=step)
+            tf.summary.scalar("sparsity", sparsity(self.model), step=step)
+        self._pruning_writer.flush()
+
+    def on_train_end(self, logs=None):
+        super().on_train_end(logs)
+        if self._pruning_writer is not None:
+            self._pruning_writer.close()
+            self._pruning_writer = None
+
+
+# --- helpers -----------------------------------------------------------------------------------------------------------
+
+
+def _numpy(variable) -> np.ndarray:
+    return ops.convert_to_numpy(variable.value)
+
+
+def _masked(kernel, mask):
+    return ops.where(mask.value, kernel.value, ops.zeros_like(kernel.value))
+
+
+def _children(layer: keras.Layer) -> list[keras.Layer]:
+    return list(layer._flatten_layers(include_self=False, recursive=False))
+
+
+def _wrappers(layer: keras.Layer) -> Iterator[PruneLowMagnitude]:
+    return (each for each in layer._flatten_layers() if isinstance(each, PruneLowMagnitude))
+
+
+def _kernel_names(layer: keras.Layer) -> tuple[str, ...]:
+    return next((names for kind, names in PRUNABLE_KERNELS.items() if isinstance(layer, kind)), ())
+
+
+def _is_prunable(layer: keras.Layer) -> bool:
+    return (
+        hasattr(layer, "get_prunable_weights")
+        or bool(_kernel_names(layer))
+        or any(_is_prunable(child) for child in _children(layer))
+    )
+
+
+def _effective_kernels(layer: keras.Layer) -> Iterator[np.ndarray]:
+    if isinstance(layer, PruneLowMagnitude):
+        yield from layer.effective_weights()
+    elif hasattr(layer, "get_prunable_weights") or _kernel_names(layer):
+        yield from (_numpy(weight) for weight in prunable_weights(layer))
+    else:
+        for child in _children(layer):
+            yield from _effective_kernels(child)
+
+
+def _warn_of_dense_weights(layer: keras.Layer) -> None:
+    if type(layer).__module__.partition(".")[0] in ("keras", "kerascompress"):
+        return
+    dense = [weight.path for weight in layer.trainable_variables if len(weight.shape) > 1]
+    if dense:
+        warnings.warn(
+            f"Layer {layer.name!r} of type {type(layer).__name__} stays dense: it does not say which of {dense} to prune. "
+            "Give it a method `get_prunable_weights()` that returns the variables to prune, or an empty list.",
+            stacklevel=4,
+        )
+
+
+def _rebuild(model: keras.Model, replace: Callable[[keras.Layer], keras.Layer]) -> keras.Model:
+    """A copy of `model`, its weights included, in which `replace(layer)` stands for each layer."""
+    models = [each for each in model._flatten_layers() if isinstance(each, keras.Model)]
+    replaced: list[tuple[keras.Layer, keras.Layer]] = []
+
+    def clone(layer):
+        if isinstance(layer, keras.Model):  # clone_model goes into Sequential and Functional models by itself
+            raise _subclassed(layer)
+        if not isinstance(layer, keras.Layer):
+            return layer  # a `keras.ops` node: no state
+        replaced.append((layer, replace(layer)))
+        return replaced[-1][1]
+
+    if not isinstance(model, keras.Sequential) and not hasattr(model, "operations"):
+        raise _subclassed(model)
+    # clone_model also compiles the copy like the model, with an optimizer that a new set of variables would confuse.
+    compiled = [each.compiled for each in models]
+    try:
+        for each in models:
+            each.compiled = False
+        copy = keras.models.clone_model(model, clone_function=clone, recursive=True)
+    finally:
+        for each, was_compiled in zip(models, compiled, strict=True):
+            each.compiled = was_compiled
+    if model.built and not copy.built:
+        copy.build(model.input_shape)
+    for old, new in replaced:
+        _copy_state(old, new)
+    return copy
+
+
+def _copy_state(old: keras.Layer, new: keras.Layer) -> None:
+    """Copies the weights of one layer to the other, the masked zeros included, whichever of the two is wrapped."""
+    if isinstance(old, PruneLowMagnitude):
+        old.settle()
+        if isinstance(new, PruneLowMagnitude):
+            new.step = old.step
+        else:
+            old = old.layer
+    elif isinstance(new, PruneLowMagnitude):
+        new = new.layer
+    if old.built:
+        new.set_weights(old.get_weights())
+
+
+def _copy(layer: keras.Layer) -> keras.Layer:
+    copy = type(layer).from_config(layer.get_config())
+    if layer.built and not copy.built:  # a wrapper knows one input shape; a layer inside may need several (attention)
+        copy.build_from_config(layer.get_build_config())
+    return copy
+
+
+def _subclassed(model: keras.Model) -> ValueError:
+    return ValueError(
+        f"Subclassed models cannot be copied layer by layer. Received: {model.name!r} of type {type(model).__name__}. "
+        "Wrap its layers where they are made, e.g. `self.conv = prune_low_magnitude(keras.layers.Conv2D(...), schedule)`, "
+        "or build the model with the Functional API."
+    )
+
+
+def _pair(value: Any, name: str) -> tuple[int, int]:
+    pair = tuple(value) if isinstance(value, (list, tuple)) else ()
+    if len(pair) != 2 or not all(isinstance(each, int) for each in pair):
+        raise ValueError(f"`{name}` must be two integers. Received: {name}={value!r}.")
+    return pair
+
+
+def _is_tfmot(schedule: Any) -> bool:
+    return type(schedule).__module__.startswith("tensorflow_model_optimization.")
+
+
+def _group(wrapper: PruneLowMagnitude) -> Any:
+    """Wrappers whose masks are updated together: same schedule, scope, and way of pruning."""
+    schedule = wrapper.pruning_schedule
+    key = repr(schedule.get_config()) if _is_tfmot(schedule) else id(schedule)
+    return wrapper.scope, wrapper.sparsity_m_by_n is not None, key

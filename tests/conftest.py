@@ -1,0 +1,27 @@
+"""What every test shares: the skips by marker, and one seed."""
+
+import keras
+import pytest
+
+
+def pytest_collection_modifyitems(items):
+    on_tensorflow = keras.backend.backend() == "tensorflow"
+    for item in items:
+        if item.get_closest_marker("tensorflow_only") and not on_tensorflow:
+            item.add_marker(pytest.mark.skip(reason=f"needs the TensorFlow backend; this is {keras.backend.backend()}"))
+        if item.get_closest_marker("gpu") and not _has_gpu():
+            item.add_marker(pytest.mark.skip(reason="needs an accelerator; this machine has none"))
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """A test starts from one seed, with no layer names taken and no policy set by another test."""
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(0)
+    policy = keras.config.dtype_policy()
+    yield
+    keras.config.set_dtype_policy(policy)
+
+
+def _has_gpu() -> bool:
+    return any("gpu" in device.lower() or "cuda" in device.lower() for device in keras.distribution.list_devices())

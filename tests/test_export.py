@@ -1,0 +1,248 @@
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+from kerascompress import export, models
+from kerascompress.augment import RandAugment
+from kerascompress.export import export_litert, export_saved_model
+from kerascompress.pruning import PruneLowMagnitude, prune_low_magnitude
+
+
+def tiny(**kwargs):
+    return models.resnet(8, 10, **{"input_shape": (8, 8, 1), "width": 4, "seed": 0} | kwargs)
+
+
+def pruned(model, sparsity):
+    """A model with masks at `sparsity` and raw kernels that are not zero under them."""
+    model = prune_low_magnitude(model, pruning_schedule=lambda step: (True, sparsity))
+    for layer in model.layers:
+        if isinstance(layer, PruneLowMagnitude):
+            layer.update_masks(sparsity)
+    return model
+
+
+def images(*shape, seed=1):
+    return np.random.default_rng(seed).integers(0, 256, shape).astype("float32")
+
+
+def outputs(model, x):
+    return keras.ops.convert_to_numpy(model(x, training=False)).astype("float32")
+
+
+def everything_in(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def serve(path, x):
+    import tensorflow as tf
+
+    loaded = tf.saved_model.load(str(path))
+    return loaded.serve(x).numpy()
+
+
+TENSORFLOW_ALONE = """
+import json, sys
+import numpy as np
+import tensorflow as tf
+
+loaded = tf.saved_model.load(sys.argv[1])
+np.save(sys.argv[3], loaded.serve(np.load(sys.argv[2])).numpy())
+weights = {weight.name.removesuffix(":0"): weight.numpy() for weight in loaded.weights}
+print(json.dumps({
+    "package": "kerascompress" in sys.modules,
+    "size": {name: weight.size for name, weight in weights.items()},
+    "nonzeros": {name: int(np.count_nonzero(weight)) for name, weight in weights.items()},
+}))
+"""
+
+
+def test_resnet20_at_80_percent_runs_with_tensorflow_alone_as_sparse_as_reported(tmp_path):
+    dense = models.resnet20(10, seed=0)
+    model, x = pruned(dense, 0.8), images(4, 32, 32, 3)
+    report = export_saved_model(model, tmp_path / "net")
+
+    np.save(tmp_path / "x.npy", x)
+    command = [sys.executable, "-c", TENSORFLOW_ALONE, *(str(tmp_path / name) for name in ("net", "x.npy", "y.npy"))]
+    environment = {key: value for key, value in os.environ.items() if key != "KERAS_BACKEND"}
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+
+    assert not found["package"]
+    expected = outputs(model, x)
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    assert sum(found["size"].values()) == report.parameters == 272_474 + 2 * 784  # with BatchNorm's moving statistics
+    assert sum(found["nonzeros"].values()) == report.nonzeros
+    kernels = [name for name in found["size"] if name.endswith("/kernel")]
+    assert [kernel["name"] for kernel in report.kernels] == kernels
+    for kernel in report.kernels:
+        size, nonzeros = found["size"][kernel["name"]], found["nonzeros"][kernel["name"]]
+        assert (kernel["weights"], kernel["nonzeros"]) == (size, nonzeros)
+        assert kernel["sparsity"] == pytest.approx(1 - nonzeros / size)
+        assert nonzeros == pytest.approx(0.2 * size, rel=0.01)  # ties at the threshold stay
+    zeros = sum(found["size"][name] - found["nonzeros"][name] for name in kernels)
+    assert report.sparsity == pytest.approx(zeros / sum(found["size"][name] for name in kernels))
+    assert report.gzip_bytes < export_saved_model(dense, tmp_path / "dense").gzip_bytes / 2
+
+
+def test_report_is_written_into_the_folder_and_prints_as_a_table(tmp_path):
+    report = export_saved_model(pruned(tiny(), 0.5), tmp_path / "net")
+    assert json.loads((tmp_path / "net" / "report.json").read_text()) == dataclasses.asdict(report)
+    files = [p for p in (tmp_path / "net").rglob("*") if p.is_file() and p.name != "report.json"]
+    assert report.raw_bytes == sum(p.stat().st_size for p in files)
+    assert 0 < report.gzip_bytes < report.raw_bytes
+    assert 0 <= report.max_error < 1e-4
+    assert "stage2_block0_conv1/kernel" in str(report)
+    assert f"{report.nonzeros:,} of them not zero" in str(report)
+
+
+def test_every_weight_is_stored_once(tmp_path):
+    import tensorflow as tf
+
+    model = tiny()
+    export_saved_model(model, tmp_path / "net")
+    shapes = tf.train.load_checkpoint(str(tmp_path / "net/variables/variables")).get_variable_to_shape_map()
+    shapes = [shape for name, shape in shapes.items() if name.endswith("VARIABLE_VALUE")]
+    assert sum(math.prod(shape) for shape in shapes) == model.count_params()
+
+
+def test_the_model_stays_as_it_is(tmp_path):
+    model = pruned(tiny(), 0.5)
+    wrappers = [layer for layer in model.layers if isinstance(layer, PruneLowMagnitude)]
+    expected = outputs(model, images(4, 8, 8, 1))
+    export_saved_model(model, tmp_path / "net")
+    assert [layer for layer in model.layers if isinstance(layer, PruneLowMagnitude)] == wrappers != []
+    np.testing.assert_array_equal(outputs(model, images(4, 8, 8, 1)), expected)
+
+
+def test_any_batch_height_and_width(tmp_path):
+    model = tiny(input_shape=(None, None, 1))
+    export_saved_model(model, tmp_path / "net")
+    for shape in ((4, 8, 8, 1), (2, 9, 12, 1)):
+        expected = outputs(model, images(*shape))
+        np.testing.assert_allclose(serve(tmp_path / "net", images(*shape)), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_augmentation_layers_leave_nothing(tmp_path):
+    import tensorflow as tf
+
+    net = tiny()
+    model = keras.Sequential(
+        [keras.Input((8, 8, 1)), RandAugment(magnitude=14, seed=0), keras.layers.RandomFlip(seed=1), net]
+    )
+    report = export_saved_model(model, tmp_path / "net")
+    loaded = tf.saved_model.load(str(tmp_path / "net"))
+    assert [weight.name for weight in loaded.weights] == [f"{weight.path}:0" for weight in net.weights]
+    assert report.parameters == net.count_params()
+    graph = loaded.signatures["serving_default"].graph.as_graph_def()
+    kinds = {node.op for function in graph.library.function for node in function.node_def}
+    assert not [kind for kind in kinds if "random" in kind.lower() or "assign" in kind.lower()]
+    x = images(4, 8, 8, 1)
+    np.testing.assert_allclose(loaded.serve(x), outputs(net, x), rtol=1e-4, atol=1e-5)
+
+
+def test_reduced_precision(tmp_path):
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    assert export_saved_model(pruned(tiny(), 0.5), tmp_path / "net").max_error < 5e-2
+
+
+def test_an_existing_path_is_refused_and_left_intact(tmp_path):
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net" / "notes.txt").write_text("precious")
+    before = everything_in(tmp_path)
+    with pytest.raises(FileExistsError, match=r"exists already\. Choose another path, or pass `overwrite=True`"):
+        export_saved_model(tiny(), tmp_path / "net")
+    with pytest.raises(FileExistsError, match="replaces SavedModels only"):
+        export_saved_model(tiny(), tmp_path / "net", overwrite=True)
+    assert everything_in(tmp_path) == before
+
+
+def test_overwrite_replaces_a_saved_model(tmp_path):
+    export_saved_model(tiny(), tmp_path / "net")
+    model = tiny(seed=5)
+    export_saved_model(model, tmp_path / "net", overwrite=True)
+    x = images(4, 8, 8, 1)
+    np.testing.assert_allclose(serve(tmp_path / "net", x), outputs(model, x), rtol=1e-4, atol=1e-5)
+    assert [p.name for p in tmp_path.iterdir()] == ["net"]
+
+
+@pytest.mark.parametrize("kind", ["crash", "wrong", "nan", "interrupt"])
+def test_a_failed_export_leaves_everything_as_it_was(tmp_path, monkeypatch, kind):
+    def run(folder, x):
+        assert (folder / "saved_model.pb").exists()
+        if kind in ("crash", "interrupt"):
+            raise OSError("disk full") if kind == "crash" else KeyboardInterrupt
+        return np.full((len(x), 10), np.nan if kind == "nan" else 1e6)
+
+    error = {"crash": OSError, "interrupt": KeyboardInterrupt}.get(kind, RuntimeError)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "saved_model.pb").write_bytes(b"an older one")
+    before = everything_in(tmp_path)
+    monkeypatch.setattr(export, "_run_saved_model", run)
+    with pytest.raises(error, match={RuntimeError: "does not compute what 'resnet8' computes"}.get(error)):
+        export_saved_model(tiny(), tmp_path / "net")
+    with pytest.raises(error):
+        export_saved_model(tiny(), tmp_path / "old", overwrite=True)
+    assert everything_in(tmp_path) == before
+
+
+def test_litert_file_computes_the_same_and_shrinks_by_itself(tmp_path):
+    import tensorflow as tf
+
+    dense = tiny(width=16)
+    model, x = pruned(dense, 0.8), images(4, 8, 8, 1)
+    report = export_litert(model, tmp_path / "net.tflite")
+    with pytest.warns(UserWarning, match="tf.lite.Interpreter is deprecated"):
+        interpreter = tf.lite.Interpreter(str(tmp_path / "net.tflite"))
+    found = interpreter.get_signature_runner("serving_default")(images=x)["output_0"]
+    np.testing.assert_allclose(found, outputs(model, x), rtol=1e-3, atol=1e-4)
+    assert report.raw_bytes == (tmp_path / "net.tflite").stat().st_size
+    assert json.loads((tmp_path / "net.tflite.json").read_text()) == dataclasses.asdict(report)
+    assert report.sparsity == pytest.approx(0.8, abs=1e-3)
+    assert report.raw_bytes < export_litert(dense, tmp_path / "dense.tflite").raw_bytes / 2
+    before = everything_in(tmp_path)
+    with pytest.raises(FileExistsError, match="exists already"):
+        export_litert(model, tmp_path / "net.tflite")
+    with pytest.raises(ValueError, match=r"ends in '\.tflite'"):
+        export_litert(model, tmp_path / "net")
+    assert everything_in(tmp_path) == before
+
+
+class Subclassed(keras.Model):
+    def call(self, x):
+        return x
+
+
+def bad_models():
+    first, second = keras.Input((3,)), keras.Input((3,))
+    nan = keras.Sequential([keras.Input((3,)), keras.layers.Rescaling(math.nan)])
+    subclassed = Subclassed()
+    subclassed.build((None, 3))
+    return [
+        (keras.Sequential([keras.layers.Dense(2)]), "not built"),
+        (subclassed, "[Ss]ubclassed"),
+        (keras.Model([first, second], keras.layers.Add()([first, second])), "with 2 inputs and 1 outputs"),
+        (nan, "not all finite.*as `images`"),
+        ("resnet20", "Keras 3 model"),
+    ]
+
+
+def test_models_that_cannot_be_exported_are_refused(tmp_path):
+    for model, message in bad_models():
+        with pytest.raises(ValueError, match=message):
+            export_saved_model(model, tmp_path / "net")
+    assert not everything_in(tmp_path)
+
+
+def test_images_of_ones_own(tmp_path):
+    model = keras.Sequential([keras.Input((4,), dtype="int32"), keras.layers.Embedding(3, 2), keras.layers.Flatten()])
+    export_saved_model(model, tmp_path / "net", images=np.array([[0, 1, 2, 0]]))
+    x = np.array([[2, 2, 1, 0], [0, 0, 0, 1]], "int32")
+    np.testing.assert_array_equal(serve(tmp_path / "net", x), outputs(model, x))

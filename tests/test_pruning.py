@@ -1,0 +1,648 @@
+"""Pruning: masks held against tfmot and NumPy, training held against exact sparsity, errors held against their words."""
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from keras import layers
+
+import kerascompress as kc
+from kerascompress import pruning
+
+
+@pytest.fixture(scope="module")
+def tfmot():
+    """The real tfmot on Keras 2, imported as kerascompress imports it."""
+    _ = kc.PolynomialDecay
+    from tensorflow_model_optimization.python.core.sparsity.keras import prune, pruning_wrapper  # noqa: F401
+
+    return pruning_wrapper
+
+
+def small_net(**kwargs) -> keras.Model:
+    return keras.Sequential(
+        [
+            keras.Input((6, 6, 2)),
+            layers.Conv2D(6, 3, name="conv", **kwargs),
+            layers.BatchNormalization(name="bn"),
+            layers.ReLU(name="relu"),
+            layers.DepthwiseConv2D(3, name="depthwise"),
+            layers.Flatten(name="flatten"),
+            layers.Dense(4, name="head"),
+        ],
+        name="small_net",
+    )
+
+
+def data(count=64):
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(count, 6, 6, 2)).astype("float32"), rng.integers(0, 4, count)
+
+
+def compile_(model, optimizer=None, **kwargs):
+    optimizer = optimizer or keras.optimizers.SGD(0.1, momentum=0.9)
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), **kwargs)
+    return model
+
+
+def fit(model, epochs=1, callbacks=(), batch_size=8, count=64):
+    return model.fit(
+        *data(count),
+        batch_size=batch_size,
+        epochs=epochs,
+        verbose=0,
+        shuffle=False,
+        callbacks=[kc.UpdatePruningStep(), *callbacks],
+    )
+
+
+def effective(model) -> np.ndarray:
+    return np.concatenate([each.ravel() for each in pruning._effective_kernels(model)])
+
+
+# --- masks against tfmot ---
+
+
+def tfmot_masks(tfmot, weights_by_step, schedule, **kwargs):
+    """The mask that tfmot's own wrapper holds after each step, given the weights of that step."""
+    import tensorflow as tf
+    import tf_keras
+
+    shape = weights_by_step[0].shape
+    if len(shape) == 2:
+        inner, inputs = tf_keras.layers.Dense(shape[-1]), (1, shape[0])
+    else:
+        inner, inputs = tf_keras.layers.Conv2D(shape[-1], shape[:2]), (1, 9, 9, shape[2])
+    layer = tfmot.PruneLowMagnitude(inner, pruning_schedule=schedule, **kwargs)
+    layer.build(inputs)
+    masks = []
+    for step, weights in enumerate(weights_by_step):
+        layer.layer.kernel.assign(weights)
+        layer.pruning_step.assign(step)
+        layer.pruning_obj.conditional_mask_update()
+        layer.pruning_obj.weight_mask_op()
+        _, mask, threshold = layer.pruning_vars[0]
+        masks.append((mask.numpy().astype(bool), float(threshold)))
+        assert np.array_equal(layer.layer.kernel.numpy(), np.where(masks[-1][0], weights, 0))
+    assert tf.executing_eagerly()
+    return masks
+
+
+def our_masks(weights_by_step, schedule, **kwargs):
+    """The same, with our wrapper driven by our callback."""
+    shape = weights_by_step[0].shape
+    if len(shape) == 2:
+        inner, inputs = layers.Dense(shape[-1]), (shape[0],)
+    else:
+        inner, inputs = layers.Conv2D(shape[-1], shape[:2]), (9, 9, shape[2])
+    model = keras.Sequential([keras.Input(inputs), kc.PruneLowMagnitude(inner, schedule, **kwargs)])
+    model.compile("sgd", "mse")
+    (wrapper,) = model.layers
+    callback = kc.UpdatePruningStep()
+    callback.set_model(model)
+    masks = []
+    for step, weights in enumerate(weights_by_step):
+        kernel, mask, threshold = (
+            wrapper.pruning_vars[0] if step else (wrapper.layer.kernel, *wrapper.pruning_vars[0][1:])
+        )
+        kernel.assign(weights)
+        if step == 0:
+            callback.on_train_begin()
+            callback.on_epoch_begin(0)
+        else:
+            callback.on_train_batch_end(step - 1)
+        masks.append((keras.ops.convert_to_numpy(mask.value), float(threshold)))
+    return masks
+
+
+def drifting(shape, steps, seed=0):
+    """Weights that move at random, with exact zeros and exact ties among them."""
+    rng = np.random.default_rng(seed)
+    weights = rng.normal(size=shape).astype("float32")
+    for _ in range(steps):
+        weights = weights + 0.3 * rng.normal(size=shape).astype("float32")
+        flat = weights.ravel().copy()
+        flat[rng.integers(0, flat.size, 3)] = 0.0
+        flat[1] = -flat[0]
+        yield flat.reshape(shape)
+
+
+@pytest.mark.parametrize("shape", [(13, 7), (3, 3, 5, 4)], ids=["dense", "convolution"])
+@pytest.mark.parametrize("kind", ["polynomial", "constant"])
+def test_layer_masks_equal_tfmots_element_for_element_at_every_step(tfmot, shape, kind):
+    schedule = (
+        kc.PolynomialDecay(initial_sparsity=0.1, final_sparsity=0.83, begin_step=2, end_step=22, frequency=2)
+        if kind == "polynomial"
+        else kc.ConstantSparsity(0.37, begin_step=3, end_step=19, frequency=4)
+    )
+    weights = list(drifting(shape, 30))
+    theirs, ours = tfmot_masks(tfmot, weights, schedule), our_masks(weights, schedule)
+    assert len({mask.tobytes() for mask, _ in theirs}) > 4  # the oracle did prune, several times
+    for step, (their, our) in enumerate(zip(theirs, ours, strict=True)):
+        np.testing.assert_array_equal(our[0], their[0], err_msg=f"mask at step {step}")
+        assert our[1] == their[1], f"threshold at step {step}"
+
+
+@pytest.mark.parametrize("block_size", [(2, 2), (4, 1), (3, 5)])
+@pytest.mark.parametrize("pooling", ["AVG", "MAX"])
+def test_block_masks_equal_tfmots(tfmot, block_size, pooling):
+    schedule = kc.PolynomialDecay(initial_sparsity=0.0, final_sparsity=0.7, begin_step=0, end_step=12, frequency=3)
+    weights = list(drifting((14, 9), 16, seed=1))
+    kwargs = {"block_size": block_size, "block_pooling_type": pooling}
+    theirs, ours = tfmot_masks(tfmot, weights, schedule, **kwargs), our_masks(weights, schedule, **kwargs)
+    for step, (their, our) in enumerate(zip(theirs, ours, strict=True)):
+        np.testing.assert_array_equal(our[0], their[0], err_msg=f"mask at step {step}")
+
+
+@pytest.mark.parametrize("shape", [(16, 5), (10, 3), (3, 3, 8, 4), (1, 1, 6, 4)])
+@pytest.mark.parametrize("m_by_n", [(2, 4), (1, 4), (3, 5)])
+def test_m_by_n_masks_equal_tfmots(tfmot, shape, m_by_n):
+    (weights,) = drifting(shape, 1, seed=2)
+    # tfmot sets this mask at its step 1, the first batch; ours is set before the first batch.
+    (_, (theirs, _)) = tfmot_masks(tfmot, [weights, weights], kc.ConstantSparsity(0.5, 0), sparsity_m_by_n=m_by_n)
+    ((ours, _),) = our_masks([weights], kc.ConstantSparsity(0.5, 0), sparsity_m_by_n=m_by_n)
+    np.testing.assert_array_equal(ours, theirs)
+    assert not ours.all()
+
+
+def test_the_m_by_n_mask_is_set_once():
+    weights = list(drifting((8, 4), 6))
+    masks = our_masks(weights, kc.ConstantSparsity(0.5, 0, frequency=1), sparsity_m_by_n=(2, 4))
+    assert len({mask.tobytes() for mask, _ in masks}) == 1
+
+
+@given(size=st.integers(1, 3000), sparsity=st.floats(0, 0.999))
+@settings(max_examples=60, deadline=None)
+def test_a_magnitude_mask_keeps_the_largest_and_the_number_tfmots_formula_says(size, sparsity):
+    weights = np.random.default_rng(size).permutation(size).astype("float32") + 1
+    mask, threshold = pruning.magnitude_mask(weights, sparsity)
+    keep = max(round(float(np.float32(size) * (np.float32(1) - np.float32(sparsity)))), 1)
+    assert mask.sum() == keep
+    assert threshold == np.sort(weights)[-keep]
+    assert weights[mask].min() > weights[~mask].max(initial=0)
+
+
+# --- global scope ---
+
+
+@pytest.mark.parametrize("p", [0.2, 0.5, 0.8, 0.99])
+def test_global_masks_equal_numpy_partition_over_all_kernels(p):
+    dense = small_net()
+    kernels = [dense.get_layer("conv").kernel, dense.get_layer("depthwise").kernel, dense.get_layer("head").kernel]
+    raw = [keras.ops.convert_to_numpy(kernel.value) * scale for kernel, scale in zip(kernels, (1, 5, 0.3), strict=True)]
+    for kernel, value in zip(kernels, raw, strict=True):
+        kernel.assign(value)
+    magnitudes = np.abs(np.concatenate([value.ravel() for value in raw]))
+    cut = round(magnitudes.size * p)
+    threshold = np.partition(magnitudes, cut)[cut]
+    pruned = compile_(kc.prune_low_magnitude(dense, kc.ConstantSparsity(p, begin_step=0), scope="global"))
+    callback = kc.UpdatePruningStep()
+    callback.set_model(pruned)
+    callback.on_train_begin()
+    for kernel, value in zip(pruning._effective_kernels(pruned), raw, strict=True):
+        np.testing.assert_array_equal(kernel, np.where(np.abs(value) >= threshold, value, 0))
+    assert abs(kc.sparsity(pruned) - p) <= 1 / magnitudes.size
+
+
+def test_two_scopes_in_one_model_do_not_mix():
+    model = keras.Sequential(
+        [
+            keras.Input((10,)),
+            kc.PruneLowMagnitude(layers.Dense(10), kc.ConstantSparsity(0.5, 0), scope="layer"),
+            kc.PruneLowMagnitude(layers.Dense(10), kc.ConstantSparsity(0.2, 0), scope="global"),
+            kc.PruneLowMagnitude(layers.Dense(10), kc.ConstantSparsity(0.2, 0), scope="global"),
+        ]
+    )
+    model.layers[1].layer.kernel.assign(100 * np.ones((10, 10)))
+    compile_(model)
+    callback = kc.UpdatePruningStep()
+    callback.set_model(model)
+    callback.on_train_begin()
+    assert [kc.sparsity(layer) for layer in model.layers] == pytest.approx([0.5, 0.0, 0.4])
+
+
+# --- training ---
+
+
+class RecordSparsity(keras.callbacks.Callback):
+    """Effective sparsity, and whether every masked weight is exactly zero, after each batch."""
+
+    def on_train_begin(self, logs=None):
+        self.seen = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        model = self.model
+        images = data(2)[0]
+        masks = [mask for layer in pruning._wrappers(model) for _, mask, _ in layer.pruning_vars]
+        mask_zeros = sum(int(np.sum(~keras.ops.convert_to_numpy(mask.value))) for mask in masks)
+        kernels = effective(model)
+        # What the layers really compute with: strip makes plain layers of it, whose outputs must be the same.
+        if batch == 5:
+            stripped = kc.strip_pruning(model)
+            assert kc.sparsity(stripped) >= mask_zeros / kernels.size
+            tolerance = 2e-2 if keras.config.dtype_policy().name != "float32" else 1e-5
+            np.testing.assert_allclose(
+                keras.ops.convert_to_numpy(keras.ops.cast(stripped(images, training=False), "float32")),
+                keras.ops.convert_to_numpy(keras.ops.cast(model(images, training=False), "float32")),
+                atol=tolerance,
+            )
+        self.seen.append((kernels.size - np.count_nonzero(kernels), mask_zeros))
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["sgd_momentum", "adamw", "jit", "mixed_bfloat16", "mixed_float16", "steps_per_execution", "accumulation", "ema"],
+)
+def test_after_every_batch_the_effective_kernels_are_exactly_sparse(case):
+    optimizer = {
+        "adamw": lambda: keras.optimizers.AdamW(0.01, weight_decay=0.05),
+        "accumulation": lambda: keras.optimizers.Adam(0.01, gradient_accumulation_steps=2),
+        "ema": lambda: keras.optimizers.SGD(0.1, momentum=0.9, use_ema=True, ema_overwrite_frequency=3),
+    }.get(case, lambda: keras.optimizers.SGD(0.1, momentum=0.9))()
+    if case.startswith("mixed"):
+        keras.config.set_dtype_policy(case)
+    kwargs = {"steps_per_execution": 8} if case == "steps_per_execution" else {"jit_compile": case == "jit"}
+    schedule = kc.PolynomialDecay(initial_sparsity=0.2, final_sparsity=0.75, begin_step=0, end_step=10, frequency=2)
+    pruned = compile_(kc.prune_low_magnitude(small_net(), schedule, scope="global"), optimizer, **kwargs)
+    record = RecordSparsity()
+    fit(pruned, epochs=2 if case != "accumulation" else 4, callbacks=[record])
+    size = effective(pruned).size
+    assert all(zeros >= masked > 0 for zeros, masked in record.seen)
+    # the schedule's first sparsity is in force from the first batch on, the last from step 10 on
+    assert record.seen[0][1] >= round(size * 0.2) - 1
+    assert kc.sparsity(pruned) == pytest.approx(0.75, abs=1 / size)
+    raw = [keras.ops.convert_to_numpy(weight.value) for weight in pruning.prunable_weights(pruned)]
+    assert sum(each.size - np.count_nonzero(each) for each in raw) == size - np.count_nonzero(effective(pruned))
+
+
+@pytest.mark.parametrize("batches", [995, 1000])
+def test_the_last_update_at_end_step_is_never_missed(batches):
+    # begin 0, end 995, frequency 100: tfmot's last update is at step 900, short of the final sparsity.
+    schedule = kc.PolynomialDecay(initial_sparsity=0.0, final_sparsity=0.8, begin_step=0, end_step=995, frequency=100)
+    model = keras.Sequential([keras.Input((20,)), kc.PruneLowMagnitude(layers.Dense(10), schedule)])
+    model.compile("sgd", "mse", steps_per_execution=5)
+    inputs, targets = np.ones((batches, 20), "float32"), np.ones((batches, 10), "float32")
+    model.fit(inputs, targets, batch_size=1, verbose=0, callbacks=[kc.UpdatePruningStep()])
+    assert kc.sparsity(model) == pytest.approx(0.8, abs=1e-6)
+
+
+@pytest.mark.parametrize("steps_per_execution", [1, 3, 8])
+def test_an_update_is_due_when_a_scheduled_step_lies_since_the_last_call(steps_per_execution):
+    asked = []
+
+    def schedule(step):
+        asked.append(int(step))
+        return step in (0, 7, 13), 0.1 + step / 20  # step 13 -> 0.75
+
+    model = keras.Sequential([keras.Input((20,)), kc.PruneLowMagnitude(layers.Dense(10), schedule)])
+    model.compile("sgd", "mse", steps_per_execution=steps_per_execution)
+    model.fit(np.ones((24, 20)), np.ones((24, 10)), batch_size=1, verbose=0, callbacks=[kc.UpdatePruningStep()])
+    assert asked == list(range(25))
+    assert kc.sparsity(model) == pytest.approx(0.75, abs=0.01)
+
+
+def test_one_shot_pruning_prunes_before_the_first_batch():
+    pruned = compile_(kc.prune_low_magnitude(small_net(), kc.ConstantSparsity(0.6, begin_step=0), scope="global"))
+    record = RecordSparsity()
+    fit(pruned, callbacks=[record])
+    size = effective(pruned).size
+    assert record.seen[0][1] == pytest.approx(0.6 * size, abs=1)
+
+
+def test_a_missing_callback_is_an_error_at_the_first_batch_that_says_what_to_add():
+    pruned = compile_(kc.prune_low_magnitude(small_net()))
+    with pytest.raises(RuntimeError, match=r"callbacks=\[kerascompress.UpdatePruningStep\(\)\]"):
+        pruned.fit(*data(), verbose=0)
+
+
+def test_a_masked_weight_gets_no_gradient_and_comes_back_only_at_an_update():
+    pruned = compile_(
+        kc.prune_low_magnitude(small_net(), kc.ConstantSparsity(0.5, 0, end_step=0)), keras.optimizers.SGD(0.1)
+    )
+    seen = []
+
+    class Masks(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            wrapper = next(pruning._wrappers(self.model))
+            kernel, mask, _ = wrapper.pruning_vars[0]
+            raw, keep = keras.ops.convert_to_numpy(kernel.value), keras.ops.convert_to_numpy(mask.value)
+            assert not raw[~keep].any()
+            seen.append(keep.tobytes())
+
+    fit(pruned, epochs=2, callbacks=[Masks()])
+    assert len(set(seen)) == 1
+
+
+# --- saving and resuming ---
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_saved_files_are_sparse_and_training_goes_on_bit_identically(tmp_path, scope):
+    def start():
+        keras.utils.clear_session()
+        keras.utils.set_random_seed(1)
+        schedule = kc.PolynomialDecay(initial_sparsity=0.3, final_sparsity=0.7, begin_step=0, end_step=22, frequency=5)
+        return compile_(kc.prune_low_magnitude(small_net(), schedule, scope=scope), keras.optimizers.Adam(0.01))
+
+    class Save(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch == 0:
+                self.model.save(tmp_path / "model.keras")
+                self.model.save_weights(tmp_path / "model.weights.h5")
+
+    whole = start()
+    fit(whole, epochs=3, callbacks=[Save()])
+
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert kc.sparsity(loaded) > 0.5
+    raw = np.concatenate([keras.ops.convert_to_numpy(w.value).ravel() for w in pruning.prunable_weights(loaded)])
+    assert np.count_nonzero(raw) == np.count_nonzero(effective(loaded))
+    restored = start()
+    restored.optimizer.build(restored.trainable_variables)
+    restored.load_weights(tmp_path / "model.weights.h5")
+    for resumed in (loaded, restored):
+        assert next(pruning._wrappers(resumed)).step == 8
+        fit(resumed, epochs=2)
+        for ours, theirs in zip(resumed.get_weights(), whole.get_weights(), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_checkpoint_in_the_middle_of_an_epoch_is_sparse(tmp_path):
+    pruned = compile_(kc.prune_low_magnitude(small_net(), kc.ConstantSparsity(0.6, 0)))
+    path = tmp_path / "at_{batch}.keras"
+    fit(pruned, callbacks=[keras.callbacks.ModelCheckpoint(path, save_freq=3)])
+    files = sorted(tmp_path.iterdir())
+    assert files
+    for file in files:
+        loaded = keras.models.load_model(file)
+        raw = np.concatenate([keras.ops.convert_to_numpy(w.value).ravel() for w in pruning.prunable_weights(loaded)])
+        assert 1 - np.count_nonzero(raw) / raw.size == pytest.approx(0.6, abs=0.02)
+
+
+@keras.saving.register_keras_serializable("tests")
+def every_second_step(step):
+    return step % 2 == 0, 0.5
+
+
+def test_a_registered_function_as_schedule_survives_saving(tmp_path):
+    pruned = compile_(kc.prune_low_magnitude(small_net(), every_second_step))
+    fit(pruned)
+    pruned.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert loaded.layers[0].pruning_schedule is every_second_step
+
+
+# --- models of many kinds ---
+
+
+def zoo() -> keras.Model:
+    """Every kind of prunable layer, nested and shared."""
+    tokens = keras.Input((6,), dtype="int32")
+    sequence = layers.Embedding(20, 8)(tokens)
+    sequence = layers.Bidirectional(layers.LSTM(4, return_sequences=True))(sequence)
+    sequence = layers.MultiHeadAttention(2, 4)(sequence, sequence)
+    shared = layers.TimeDistributed(layers.Dense(8))
+    sequence = shared(shared(sequence))
+    sequence = layers.Conv1D(6, 2, activity_regularizer="l2", kernel_regularizer="l2")(sequence)
+    sequence = layers.SeparableConv1D(6, 2)(sequence)
+    sequence = layers.Conv1DTranspose(4, 2)(sequence)
+    head = keras.Sequential([layers.GRU(5), layers.Dropout(0.1), layers.Dense(3)], name="head")
+    return keras.Model(tokens, head(sequence) * 2.0)
+
+
+def test_every_kind_of_layer_prunes_trains_saves_and_strips_in_a_nested_model(tmp_path):
+    model = zoo()
+    tokens, targets = np.random.default_rng(0).integers(0, 20, (32, 6)), np.zeros((32, 3), "float32")
+    pruned = kc.prune_low_magnitude(model, kc.ConstantSparsity(0.5, 0), scope="global")
+    to_numpy = keras.ops.convert_to_numpy
+    np.testing.assert_allclose(to_numpy(pruned(tokens)), to_numpy(model(tokens)), atol=1e-6)
+    assert float(sum(pruned.losses)) == pytest.approx(float(sum(model.losses)))  # regularisers still count, once
+    assert sum(kernel.size for kernel in pruning._effective_kernels(pruned)) == sum(
+        np.prod(weight.shape)
+        for weight in model.trainable_weights
+        if len(weight.shape) > 1 and "bias" not in weight.name
+    )
+    pruned.compile("adam", "mse")
+    pruned.fit(tokens, targets, batch_size=4, verbose=0, callbacks=[kc.UpdatePruningStep()])
+    assert kc.sparsity(pruned) == pytest.approx(0.5, abs=0.005)
+    pruned.save(tmp_path / "zoo.keras")
+    small = kc.strip_pruning(keras.models.load_model(tmp_path / "zoo.keras"))
+    np.testing.assert_allclose(small.predict(tokens, verbose=0), pruned.predict(tokens, verbose=0), atol=1e-6)
+    assert [layer.name for layer in small.layers[1:]] == [layer.name for layer in model.layers[1:]]
+    assert kc.sparsity(small) == pytest.approx(0.5, abs=0.005)
+
+
+def test_a_padding_mask_passes_through_wrapped_layers():
+    tokens = np.array([[3, 4, 0, 0], [5, 0, 0, 0]])
+
+    def net(mask_zero):
+        return keras.Sequential(
+            [keras.Input((4,), dtype="int32"), layers.Embedding(9, 4, mask_zero=mask_zero), layers.LSTM(3)]
+        )
+
+    model, unmasked = net(True), net(False)
+    unmasked.set_weights(model.get_weights())
+    expected = model.predict(tokens, verbose=0)
+    assert not np.allclose(unmasked.predict(tokens, verbose=0), expected)  # the mask does matter here
+    np.testing.assert_allclose(kc.prune_low_magnitude(model).predict(tokens, verbose=0), expected, atol=1e-6)
+
+
+def test_pruning_a_model_leaves_the_model_alone_and_the_copy_uncompiled():
+    dense = compile_(small_net())
+    before = dense.get_weights()
+    pruned = kc.prune_low_magnitude(dense, kc.ConstantSparsity(0.9, 0))
+    assert dense.compiled
+    assert not pruned.compiled
+    fit(compile_(pruned))
+    for ours, theirs in zip(dense.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert kc.sparsity(dense) == 0
+
+
+def test_stripping_a_trainer_that_contains_the_pruned_model_works_too():
+    pruned = kc.prune_low_magnitude(small_net(), kc.ConstantSparsity(0.5, 0))
+    trainer = compile_(keras.Sequential([layers.GaussianNoise(0.1), pruned]))
+    fit(trainer)
+    assert kc.sparsity(trainer) == kc.sparsity(pruned) == pytest.approx(0.5, abs=0.01)
+    assert not list(pruning._wrappers(kc.strip_pruning(trainer)))
+
+
+def test_biases_and_normalisation_are_never_pruned():
+    pruned = kc.prune_low_magnitude(small_net())
+    assert {weight.name for weight in pruning.prunable_weights(pruned)} == {"kernel"}
+    assert [layer.name for layer in pruned.layers] == [
+        "prune_low_magnitude_conv",
+        "bn",
+        "relu",
+        "prune_low_magnitude_depthwise",
+        "flatten",
+        "prune_low_magnitude_head",
+    ]
+
+
+@keras.saving.register_keras_serializable("tests")
+class Scaled(layers.Layer):
+    def build(self, input_shape):
+        self.matrix = self.add_weight(name="matrix", shape=(input_shape[-1], 3))
+        self.other = self.add_weight(name="other", shape=(3, 3))
+
+    def call(self, inputs):
+        return keras.ops.matmul(keras.ops.matmul(inputs, self.matrix), self.other)
+
+
+@keras.saving.register_keras_serializable("tests")
+class Prunable(Scaled):
+    def get_prunable_weights(self):
+        return [self.matrix]
+
+
+def test_get_prunable_weights_decides_for_a_custom_layer():
+    model = keras.Sequential([keras.Input((4,)), Prunable()])
+    pruned = kc.prune_low_magnitude(model, kc.ConstantSparsity(0.5, 0))
+    pruned.compile("sgd", "mse")
+    pruned.fit(np.ones((8, 4)), np.ones((8, 3)), verbose=0, callbacks=[kc.UpdatePruningStep()])
+    assert kc.sparsity(pruned) == 0.5
+    assert np.count_nonzero(keras.ops.convert_to_numpy(pruned.layers[0].layer.other)) == 9
+
+
+def test_a_custom_layer_that_does_not_say_what_to_prune_stays_dense_with_a_warning():
+    model = keras.Sequential([keras.Input((4,)), Scaled(name="mine"), layers.Dense(2)])
+    with pytest.warns(UserWarning, match="'mine'.*get_prunable_weights"):
+        pruned = kc.prune_low_magnitude(model)
+    assert isinstance(pruned.layers[0], Scaled)
+
+
+class OnlyDense:
+    """A pruning policy."""
+
+    def allow_pruning(self, layer):
+        return isinstance(layer, layers.Dense)
+
+    def ensure_model_supports_pruning(self, model):
+        if len(model.layers) < 3:
+            raise ValueError("too small")
+
+
+def test_a_pruning_policy_chooses_the_layers():
+    pruned = kc.prune_low_magnitude(small_net(), pruning_policy=OnlyDense())
+    assert [wrapper.name for wrapper in pruning._wrappers(pruned)] == ["prune_low_magnitude_head"]
+    with pytest.raises(ValueError, match="too small"):
+        kc.prune_low_magnitude(keras.Sequential([keras.Input((2,)), layers.Dense(2)]), pruning_policy=OnlyDense())
+
+
+def test_layers_and_lists_of_layers_are_wrapped():
+    wrapped = kc.prune_low_magnitude(layers.Dense(2, name="one"), kc.ConstantSparsity(0.5, 0))
+    assert wrapped.name == "prune_low_magnitude_one"
+    assert [type(each).__name__ for each in kc.prune_low_magnitude([layers.Dense(2), layers.ReLU()])] == [
+        "PruneLowMagnitude",
+        "ReLU",
+    ]
+
+
+def test_a_subclassed_model_is_pruned_by_wrapping_its_layers():
+    class Net(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.head = kc.prune_low_magnitude(layers.Dense(4), kc.ConstantSparsity(0.5, 0))
+
+        def call(self, inputs, training=None):
+            return self.head(keras.ops.reshape(inputs, (-1, 72)), training=training)
+
+    net = compile_(Net())
+    fit(net)
+    assert kc.sparsity(net) == 0.5
+
+
+@pytest.mark.tensorflow_only
+def test_it_works_on_two_virtual_devices_of_a_mirrored_strategy():
+    import tensorflow as tf
+
+    cpus = tf.config.list_physical_devices("CPU")
+    try:
+        tf.config.set_logical_device_configuration(cpus[0], [tf.config.LogicalDeviceConfiguration()] * 2)
+    except RuntimeError:
+        pytest.skip("TensorFlow is already running with one device in this process")
+    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+        pruned = compile_(kc.prune_low_magnitude(small_net(), kc.ConstantSparsity(0.5, 0)))
+    fit(pruned)
+    assert kc.sparsity(pruned) == pytest.approx(0.5, abs=0.01)
+
+
+# --- summaries ---
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_summaries_write_sparsity_and_threshold_of_every_kernel(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    pruned = compile_(kc.prune_low_magnitude(small_net(), kc.ConstantSparsity(0.5, 0)))
+    fit(pruned, epochs=2, callbacks=[kc.PruningSummaries(tmp_path)])
+    events = EventAccumulator(str(tmp_path / "metrics"))
+    events.Reload()
+    tags = set(events.Tags()["tensors"])
+    paths = [weight.path for weight in pruning.prunable_weights(pruned)]
+    assert tags == {"sparsity"} | {f"{path}/{what}" for path in paths for what in ("sparsity", "threshold")}
+    import tensorflow as tf
+
+    last = events.Tensors("sparsity")[-1]
+    assert last.step == 16
+    assert float(tf.make_ndarray(last.tensor_proto)) == pytest.approx(kc.sparsity(pruned))
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: kc.prune_low_magnitude(small_net(), 0.6), TypeError, "ConstantSparsity"),
+        (lambda: kc.ConstantSparsity(60, 0), ValueError, "range"),
+        (lambda: kc.prune_low_magnitude(small_net(), scope="model"), ValueError, "Received: scope='model'"),
+        (lambda: kc.prune_low_magnitude(small_net(), block_size=(2, 2)), ValueError, "2-dimensional"),
+        (lambda: kc.prune_low_magnitude(layers.Dense(2), block_size=2), ValueError, "two integers"),
+        (lambda: kc.prune_low_magnitude(layers.Dense(2), block_size=(0, 1)), ValueError, "positive"),
+        (lambda: kc.prune_low_magnitude(layers.Dense(2), block_pooling_type="SUM"), ValueError, "AVG"),
+        (lambda: kc.prune_low_magnitude(layers.Dense(2), sparsity_m_by_n=(4, 2)), ValueError, "0 < m < n"),
+        (
+            lambda: kc.prune_low_magnitude(layers.Dense(2), sparsity_m_by_n=(2, 4), scope="global"),
+            ValueError,
+            "scope='layer'",
+        ),
+        (lambda: kc.prune_low_magnitude(layers.ReLU()), ValueError, "get_prunable_weights"),
+        (
+            lambda: kc.prune_low_magnitude(keras.Sequential([keras.Input((2,)), layers.ReLU()])),
+            ValueError,
+            "no layer to prune",
+        ),
+        (lambda: kc.prune_low_magnitude("resnet"), ValueError, "Received: layer='resnet'"),
+        (lambda: kc.strip_pruning(layers.Dense(2)), ValueError, "needs a Keras 3 model"),
+        (lambda: kc.sparsity(layers.ReLU()), ValueError, "no prunable kernel"),
+        (lambda: kc.PruningSummaries(""), ValueError, "non-empty"),
+    ],
+)
+def test_bad_input_gets_an_error_that_says_what_to_do(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_a_subclassed_model_gets_an_error_that_says_to_wrap_its_layers():
+    class Net(keras.Model):
+        pass
+
+    for model in (Net(), keras.Sequential([keras.Input((6, 6, 2)), Net()])):
+        with pytest.raises(ValueError, match="Wrap its layers"):
+            kc.prune_low_magnitude(model)
+
+
+def test_a_keras_2_layer_gets_an_error_that_names_the_way_out(tfmot):
+    import tf_keras
+
+    with pytest.raises(ValueError, match="Keras 2"):
+        kc.prune_low_magnitude(tf_keras.layers.Dense(2))
+
+
+def test_a_schedule_that_returns_percent_is_refused_when_it_is_due():
+    pruned = compile_(kc.prune_low_magnitude(small_net(), lambda step: (True, 60)))
+    with pytest.raises(ValueError, match="divide them by 100"):
+        fit(pruned)
