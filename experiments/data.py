@@ -63,7 +63,7 @@ LAYOUTS = {
 
 
 def load(dataset, data_dir=None, *, train_images=None, eval_images=None):
-    """Returns the `Data` of one data set; `train_images` and `eval_images` keep a stratified part of the splits."""
+    """Returns the `Data` of one data set; `train_images` and `eval_images` keep a stratified part of them."""
     if dataset not in DATASETS:
         raise ValueError(f"`dataset` must be one of {', '.join(DATASETS)}. Received: dataset={dataset!r}.")
     if dataset == "digits":
@@ -89,7 +89,7 @@ def load(dataset, data_dir=None, *, train_images=None, eval_images=None):
         )
     return Data(
         train=_take(train, order[held_out:][:train_images]),
-        validation=_take(train, order[:held_out][:eval_images]),
+        validation=_take(train, order[:held_out][: eval_images or train_images]),  # no larger than what it is held from
         test=_take(test, stratified_order(test[1])[:eval_images] if eval_images else slice(None)),
         **facts,
     )

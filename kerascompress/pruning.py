@@ -1,7 +1,7 @@
 """Magnitude pruning of Keras 3 layers and models, with tfmot's names, arguments and schedules.
 
-A wrapper multiplies its layer's kernels with a mask in the forward pass; a callback recomputes the masks between batches,
-as the schedule says. The masks are arithmetic on NumPy arrays, so that they are the same on every backend.
+A wrapper masks its layer's kernels in the forward pass; a callback recomputes the masks between batches, as the
+schedule says. The masks are arithmetic on NumPy arrays, so that they are the same on every backend.
 """
 
 import os
@@ -40,7 +40,7 @@ PRUNABLE_KERNELS: dict[type, tuple[str, ...]] = {
 }
 
 
-# --- masks: arithmetic on arrays ---------------------------------------------------------------------------------------
+# --- masks: arithmetic on arrays ---
 
 
 def magnitude_mask(weights: np.ndarray, sparsity: float) -> tuple[np.ndarray, np.floating]:
@@ -57,8 +57,8 @@ def block_mask(
 ) -> tuple[np.ndarray, np.floating]:
     """Keeps the blocks of a 2-D kernel whose average or maximal magnitude is largest: `(mask, threshold)`."""
     height, width = block_size
-    # tfmot pools with TensorFlow's "SAME" padding, half of the overhang before the first row, although the blocks of its
-    # mask begin at the first row; padding takes no part in an average.
+    # tfmot pools with TensorFlow's "SAME" padding, half of the overhang before the first row, although the blocks of
+    # its mask begin at the first row; padding takes no part in an average.
     overhang = [-size % block for size, block in zip(weights.shape, block_size, strict=True)]
     padding = [(each // 2, each - each // 2) for each in overhang]
 
@@ -75,7 +75,7 @@ def block_mask(
 
 
 def m_by_n_mask(weights: np.ndarray, m: int, n: int) -> np.ndarray:
-    """Zeroes the m smallest of every n consecutive weights along the input channels (the last axis in LiteRT's layout)."""
+    """Zeroes the m smallest of every n weights along the input channels, the last axis in LiteRT's layout."""
     by_output = np.moveaxis(np.abs(weights), -1, 0)  # dense (out, in), convolution (out, height, width, in)
     size = by_output.shape[-1]
     padded = np.pad(by_output, [(0, 0)] * (weights.ndim - 1) + [(0, -size % n)])
@@ -85,11 +85,11 @@ def m_by_n_mask(weights: np.ndarray, m: int, n: int) -> np.ndarray:
     return np.moveaxis(mask.reshape(padded.shape)[..., :size], 0, -1)
 
 
-# --- the wrapper -------------------------------------------------------------------------------------------------------
+# --- the wrapper ---
 
 
 def prunable_weights(layer: keras.Layer) -> list[keras.Variable]:
-    """The kernels that pruning may zero in a built layer or model: what `get_prunable_weights()` or the table above says."""
+    """The kernels that pruning may zero in a built layer or model, by `get_prunable_weights()` or the table above."""
     if hasattr(layer, "get_prunable_weights"):
         return list(layer.get_prunable_weights())
     weights = [getattr(layer, name) for name in _kernel_names(layer)]
@@ -102,23 +102,23 @@ def prunable_weights(layer: keras.Layer) -> list[keras.Variable]:
 class PruneLowMagnitude(layers.Wrapper):
     """Prunes the kernels of a Keras 3 layer by magnitude while it trains.
 
-    The forward pass computes with `kernel * mask`; gradients of masked weights are zero. `UpdatePruningStep` recomputes the
-    masks from the raw kernels at the steps of the schedule, and zeroes the raw kernels at every mask update, at the end of
-    every epoch and whenever the layer is saved, so that checkpoints are sparse.
+    The forward pass computes with `kernel * mask`; gradients of masked weights are zero. `UpdatePruningStep` recomputes
+    the masks from the raw kernels at the steps of the schedule. Raw kernels are zeroed under the mask at every update,
+    at the end of every epoch and whenever the layer is saved, so that checkpoints are sparse.
 
     Args:
-        layer: A layer with prunable kernels: dense, convolution (also transposed, separable, depthwise), `EinsumDense`,
-            `Embedding`, recurrent and attention layers, wrappers of these, or a layer of your own whose
+        layer: A layer with prunable kernels: dense, convolution (also transposed, separable, depthwise),
+            `EinsumDense`, `Embedding`, recurrent and attention layers, wrappers of these, or a layer of your own whose
             `get_prunable_weights()` returns the variables to prune.
         pruning_schedule: When to prune and to which sparsity: `PolynomialDecay`, `ConstantSparsity` or any callable
             `step -> (should_prune, sparsity)` with sparsity in [0, 1). Step 0 is the moment before the first batch.
             Defaults to `ConstantSparsity(0.5, 0)`.
         block_size: `(height, width)` of the blocks in which a 2-dimensional kernel is zeroed.
         block_pooling_type: `"AVG"` or `"MAX"`, how a block's magnitude is computed from its weights.
-        sparsity_m_by_n: `(m, n)`, m zeros in every n consecutive weights along the input channels of 2- or 4-dimensional
-            kernels, e.g. `(2, 4)`. The mask is computed once, when training begins; the schedule is not asked.
-        scope: `"layer"` gives every kernel the sparsity of the schedule (tfmot). `"global"` compares the magnitudes of all
-            kernels of the model that have this schedule and prunes the smallest, wherever they are (the paper).
+        sparsity_m_by_n: `(m, n)`, e.g. `(2, 4)`: m zeros in every n consecutive weights along the input channels of 2-
+            or 4-dimensional kernels. The mask is computed once, when training begins; the schedule is not asked.
+        scope: `"layer"` gives every kernel the sparsity of the schedule (tfmot). `"global"` compares the magnitudes of
+            all kernels in the model that have this schedule and prunes the smallest, wherever they are (the paper).
         **kwargs: Passed to `keras.layers.Layer`.
 
     Attributes:
@@ -136,8 +136,8 @@ class PruneLowMagnitude(layers.Wrapper):
         [((8, 4), (8, 4))]
 
     Reference:
-        Zhu, Gupta, "To prune, or not to prune", 2017; TensorFlow Model Optimization's `PruneLowMagnitude`; Equation 5 of Yu,
-        Zhang, Ma, "Revisiting Data Augmentation in Model Compression".
+        Zhu, Gupta, "To prune, or not to prune", 2017; TensorFlow Model Optimization's `PruneLowMagnitude`; Equation 5
+        of Yu, Zhang, Ma, "Revisiting Data Augmentation in Model Compression".
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class PruneLowMagnitude(layers.Wrapper):
             )
         if scope == "global" and (self.sparsity_m_by_n or self.block_size != (1, 1)):
             raise ValueError(
-                "`scope='global'` compares single weights across kernels, so it cannot be combined with `block_size` or "
+                "`scope='global'` compares single weights across kernels, so it does not go with `block_size` or "
                 f"`sparsity_m_by_n`. Received: block_size={block_size}, sparsity_m_by_n={sparsity_m_by_n}. "
                 "Use scope='layer' for these."
             )
@@ -192,7 +192,7 @@ class PruneLowMagnitude(layers.Wrapper):
         self.scope = scope
         self.supports_masking = layer.supports_masking
         self.pruning_vars: list[tuple[keras.Variable, keras.Variable, keras.Variable]] = []
-        self.step = -1  # `pruning_step` on the host; written to the variable when it is saved
+        self.step = -1  # `pruning_step` on the host while training; `settle` writes it to the variable
         self._is_driven = False  # whether an UpdatePruningStep drives this layer
 
     def build(self, input_shape=None):
@@ -217,13 +217,13 @@ class PruneLowMagnitude(layers.Wrapper):
     def call(self, inputs, *args, training=None, **kwargs):
         if training and not self._is_driven:
             raise RuntimeError(
-                "A model with pruned layers is trained with the `UpdatePruningStep` callback, which tells them the step. "
-                "Make and compile the model again, and add it: `model.fit(..., callbacks=[kerascompress.UpdatePruningStep()])`. In a "
-                "training loop of your own, call its `set_model`, `on_train_begin`, `on_epoch_begin`, `on_train_batch_end` "
-                "and `on_epoch_end`."
+                "A model with pruned layers needs the `UpdatePruningStep` callback, which tells them the step. "
+                "Make and compile the model again, and add it: "
+                "`model.fit(..., callbacks=[kerascompress.UpdatePruningStep()])`. In your own training loop, call its "
+                "`set_model`, `on_train_begin`, `on_epoch_begin`, `on_train_batch_end` and `on_epoch_end`."
             )
-        # Inside a StatelessScope a variable has the value given here; without the scope, a masked copy of a kernel could
-        # not take the kernel's place, whatever the layer computes with it.
+        # Inside a StatelessScope a variable has the value given here, so the masked kernel takes the kernel's place in
+        # whatever the layer computes.
         values = {id(variable): variable.value for variable in self.layer.variables}
         for kernel, mask, _ in self.pruning_vars:
             values[id(kernel)] = _masked(kernel, mask)
@@ -254,7 +254,8 @@ class PruneLowMagnitude(layers.Wrapper):
             return
         for kernel, mask, _ in self.pruning_vars:
             kernel.assign(_masked(kernel, mask))
-        self.pruning_step.assign(self.step)
+        if self._is_driven:
+            self.pruning_step.assign(self.step)
 
     def update_masks(self, sparsity: float) -> None:
         """Recomputes the masks of this layer alone, from its raw kernels."""
@@ -276,12 +277,8 @@ class PruneLowMagnitude(layers.Wrapper):
         self.settle()
         super().save_own_variables(store)
 
-    def load_own_variables(self, store):
-        super().load_own_variables(store)
-        self.step = int(_numpy(self.pruning_step))
-
     def get_config(self):
-        schedule = self.pruning_schedule
+        schedule: Any = self.pruning_schedule
         return {
             **super().get_config(),
             "pruning_schedule": schedule.get_config()
@@ -312,13 +309,14 @@ class PruneLowMagnitude(layers.Wrapper):
             )
         if self.sparsity_m_by_n and rank not in (2, 4):
             raise ValueError(
-                f"`sparsity_m_by_n` needs 2- or 4-dimensional kernels. Received: sparsity_m_by_n={self.sparsity_m_by_n} "
-                f"for kernel {kernel.path!r} of shape {kernel.shape}. Exclude the layer with a `pruning_policy`."
+                "`sparsity_m_by_n` needs 2- or 4-dimensional kernels. "
+                f"Received: sparsity_m_by_n={self.sparsity_m_by_n} for kernel "
+                f"{kernel.path!r} of shape {kernel.shape}. Exclude the layer with a `pruning_policy`."
             )
 
 
 def update_global_masks(wrappers: list[PruneLowMagnitude], sparsity: float) -> None:
-    """One threshold over the raw kernels of all wrappers, as `torch.nn.utils.prune.global_unstructured` with L1."""
+    """One threshold over the raw kernels of all wrappers, like PyTorch's `global_unstructured` with L1."""
     variables = [each for wrapper in wrappers for each in wrapper.pruning_vars]
     weights = [_numpy(kernel) for kernel, _, _ in variables]
     flat_mask, new_threshold = magnitude_mask(np.concatenate([each.ravel() for each in weights]), sparsity)
@@ -328,7 +326,7 @@ def update_global_masks(wrappers: list[PruneLowMagnitude], sparsity: float) -> N
         threshold.assign(new_threshold)
 
 
-# --- models ------------------------------------------------------------------------------------------------------------
+# --- models ---
 
 
 def prune_low_magnitude(
@@ -344,8 +342,8 @@ def prune_low_magnitude(
     """Makes a layer, a list of layers or a model prunable: tfmot's function of that name, for Keras 3.
 
     Args:
-        to_prune: A Keras 3 layer, a list of layers, or a Sequential or Functional model, nested ones included. A model is
-            copied with its weights and left as it is; its layers without kernels stay as they are.
+        to_prune: A Keras 3 layer, a list of layers, or a Sequential or Functional model, nested ones included. A model
+            is copied with its weights and left as it is; its layers without kernels stay as they are.
         pruning_schedule, block_size, block_pooling_type, sparsity_m_by_n, scope: See `PruneLowMagnitude`.
         pruning_policy: An object with `allow_pruning(layer) -> bool`, asked for every prunable layer of a model, and
             `ensure_model_supports_pruning(model)`, which may raise.
@@ -366,12 +364,12 @@ def prune_low_magnitude(
         ...     dense, pruning_schedule=kc.ConstantSparsity(0.5, begin_step=0), scope="global"
         ... )
         >>> [layer.name.startswith("prune_low_magnitude") for layer in pruned.layers]
-        [True, False, True]
+        [True, False]
 
     Reference:
         TensorFlow Model Optimization's `tfmot.sparsity.keras.prune_low_magnitude`.
     """
-    settings = {
+    settings: dict[str, Any] = {
         "pruning_schedule": schedules.ConstantSparsity(0.5, 0) if pruning_schedule is None else pruning_schedule,
         "block_size": block_size,
         "block_pooling_type": block_pooling_type,
@@ -458,16 +456,16 @@ def sparsity(model: keras.Layer) -> float:
     return (weights - sum(np.count_nonzero(kernel) for kernel in kernels)) / weights
 
 
-# --- callbacks ---------------------------------------------------------------------------------------------------------
+# --- callbacks ---
 
 
 class UpdatePruningStep(StepCallback):
     """Drives the pruned layers of a model through its training: required in `fit`, as in tfmot.
 
-    Counts the optimizer's updates and, whenever a step at which a schedule prunes lies between the last batch and this one,
-    recomputes the masks; so `steps_per_execution` may be anything. If the schedule has an `end_step`, there is an update at
-    that very step even when the frequency misses it. Step 0 lies before the first batch. A model that was saved and loaded
-    goes on where it was.
+    Counts the optimizer's updates and, whenever a step at which a schedule prunes lies between the last batch and this
+    one, recomputes the masks; so `steps_per_execution` may be anything. If the schedule has an `end_step`, there is an
+    update at that very step even when the frequency misses it. Step 0 lies before the first batch. A model that was
+    saved and loaded goes on where it was.
 
     Example:
         >>> import keras, numpy as np, kerascompress as kc
@@ -485,6 +483,8 @@ class UpdatePruningStep(StepCallback):
         self._first: dict[Any, int] = {}
         for wrapper in _wrappers(self.model):
             wrapper._is_driven = True
+            if wrapper.built:
+                wrapper.step = int(_numpy(wrapper.pruning_step))
             self._groups.setdefault(_group(wrapper), []).append(wrapper)
         self._optimizer_step: int | None = None
         super().on_train_begin(logs)
@@ -527,8 +527,8 @@ class UpdatePruningStep(StepCallback):
         step, target = due[-1]
         if not 0 <= target < 1:
             raise ValueError(
-                f"A pruning schedule must return a sparsity in [0, 1), a fraction of zeros. Received: {target} at step {step} "
-                f"from {schedule!r}. If yours are percent, divide them by 100."
+                "A pruning schedule must return a sparsity in [0, 1), a fraction of zeros. "
+                f"Received: {target} at step {step} from {schedule!r}. If yours are percent, divide them by 100."
             )
         _ = self.model  # on JAX: brings the state back before it is read and changed
         if wrappers[0].scope == "global":
@@ -544,7 +544,7 @@ class PruningSummaries(keras.callbacks.TensorBoard):
     """TensorBoard with the sparsity and the threshold of every pruned kernel, and the sparsity of all, at each epoch.
 
     Args:
-        log_dir: Folder for the event files; the pruning scalars go to its subfolder `metrics`, against the optimizer's step.
+        log_dir: Folder for the event files; the pruning scalars go to its subfolder `metrics`, by the optimizer's step.
         update_freq, **kwargs: See `keras.callbacks.TensorBoard`.
 
     Raises:
@@ -558,7 +558,7 @@ class PruningSummaries(keras.callbacks.TensorBoard):
         self._pruning_writer: Any = None
 
     def on_epoch_end(self, epoch, logs=None):
-        import tensorflow as tf  # noqa: PLC0415
+        import tensorflow as tf
 
         super().on_epoch_end(epoch, logs)
         if self._pruning_writer is None:
@@ -579,7 +579,7 @@ class PruningSummaries(keras.callbacks.TensorBoard):
             self._pruning_writer = None
 
 
-# --- helpers -----------------------------------------------------------------------------------------------------------
+# --- helpers ---
 
 
 def _numpy(variable) -> np.ndarray:
@@ -626,7 +626,7 @@ def _warn_of_dense_weights(layer: keras.Layer) -> None:
     dense = [weight.path for weight in layer.trainable_variables if len(weight.shape) > 1]
     if dense:
         warnings.warn(
-            f"Layer {layer.name!r} of type {type(layer).__name__} stays dense: it does not say which of {dense} to prune. "
+            f"Layer {layer.name!r} of type {type(layer).__name__} stays dense, {dense} included. "
             "Give it a method `get_prunable_weights()` that returns the variables to prune, or an empty list.",
             stacklevel=4,
         )
@@ -667,9 +667,7 @@ def _copy_state(old: keras.Layer, new: keras.Layer) -> None:
     """Copies the weights of one layer to the other, the masked zeros included, whichever of the two is wrapped."""
     if isinstance(old, PruneLowMagnitude):
         old.settle()
-        if isinstance(new, PruneLowMagnitude):
-            new.step = old.step
-        else:
+        if not isinstance(new, PruneLowMagnitude):
             old = old.layer
     elif isinstance(new, PruneLowMagnitude):
         new = new.layer
@@ -687,8 +685,8 @@ def _copy(layer: keras.Layer) -> keras.Layer:
 def _subclassed(model: keras.Model) -> ValueError:
     return ValueError(
         f"Subclassed models cannot be copied layer by layer. Received: {model.name!r} of type {type(model).__name__}. "
-        "Wrap its layers where they are made, e.g. `self.conv = prune_low_magnitude(keras.layers.Conv2D(...), schedule)`, "
-        "or build the model with the Functional API."
+        "Wrap its layers where they are made, e.g. "
+        "`self.conv = prune_low_magnitude(keras.layers.Conv2D(...), schedule)`, or use the Functional API."
     )
 
 
@@ -705,6 +703,6 @@ def _is_tfmot(schedule: Any) -> bool:
 
 def _group(wrapper: PruneLowMagnitude) -> Any:
     """Wrappers whose masks are updated together: same schedule, scope, and way of pruning."""
-    schedule = wrapper.pruning_schedule
+    schedule: Any = wrapper.pruning_schedule
     key = repr(schedule.get_config()) if _is_tfmot(schedule) else id(schedule)
     return wrapper.scope, wrapper.sparsity_m_by_n is not None, key

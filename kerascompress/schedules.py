@@ -1,7 +1,7 @@
 """Schedules of sparsity and magnitude: arithmetic of the training step, and the callback that carries them.
 
-`PolynomialDecay`, `ConstantSparsity` and `PruningSchedule` are tfmot's own classes. tfmot is imported here alone, and only
-when one of them is first asked for.
+`PolynomialDecay`, `ConstantSparsity` and `PruningSchedule` are tfmot's own classes. tfmot is imported here alone, and
+only when one of them is first asked for.
 """
 
 import importlib
@@ -49,8 +49,8 @@ def evaluate(schedule: Schedule, step: int) -> tuple[bool, float]:
 class SparsityLinkedMagnitude:
     """A magnitude that follows the sparsity of a pruning schedule (Figure 3).
 
-    Piecewise linear in the sparsity that `schedule` prescribes at a step, constant beyond the first and last point. With
-    the paper's optima for ResNet-20 on CIFAR-100, strong augmentation fades as the weights disappear.
+    Piecewise linear in the sparsity that `schedule` prescribes at a step, constant beyond the first and last point. The
+    example has the paper's optima for ResNet-20 on CIFAR-100: strong augmentation fades as the weights disappear.
 
     Args:
         schedule: A tfmot schedule, or any callable `step -> (should_prune, sparsity)`.
@@ -103,7 +103,7 @@ def check_schedule(schedule: Any, name: str) -> None:
         raise TypeError(
             f"`{name}` must be a schedule: `PolynomialDecay`, `ConstantSparsity` or any callable "
             f"`step -> (should_prune, sparsity)`. Received: {name}={schedule!r} of type {type(schedule).__name__}. "
-            f"For one constant sparsity, pass `ConstantSparsity({schedule if isinstance(schedule, float) else 0.5}, 0)`."
+            "For one constant sparsity, pass `ConstantSparsity(sparsity, begin_step=0)`."
         )
 
 
@@ -111,12 +111,12 @@ class StepCallback(keras.callbacks.Callback):
     """A callback with one hook, `on_step`, that is told how many updates the optimizer has done.
 
     Batches are counted here instead of reading `optimizer.iterations` after each of them, because on the JAX backend a
-    look at the model inside an epoch brings its whole state back from the device loop. For the same reason a subclass
-    touches `self.model` only when it is about to read or assign a variable, and then must.
+    look at the model inside an epoch brings its whole state back out of the training loop. For the same reason a
+    subclass touches `self.model` only when it is about to read or assign a variable, and then must.
     """
 
     def on_step(self, step: int) -> None:
-        """Called with the number of optimizer updates done: when training begins, then after every call of the train step."""
+        """Called with the optimizer updates done: when training begins, then after every call of the train step."""
 
     def on_train_begin(self, logs=None):
         self._count_batches()

@@ -3,6 +3,11 @@
 import keras
 import pytest
 
+if keras.backend.backend() == "jax":
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the tests' time
+
 
 def pytest_collection_modifyitems(items):
     on_tensorflow = keras.backend.backend() == "tensorflow"

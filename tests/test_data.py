@@ -65,6 +65,8 @@ def test_archive_is_read_as_channel_planes(archive, dataset, files):
 def test_validation_split_is_stratified_and_the_same_at_every_number_of_training_images(archive):
     whole, part = data.load("cifar10", archive), data.load("cifar10", archive, train_images=50)
     np.testing.assert_array_equal(whole.validation[0], part.validation[0])
+    few = data.load("cifar10", archive, train_images=10)
+    np.testing.assert_array_equal(whole.validation[0][:10], few.validation[0])  # never more than training images
     assert np.bincount(whole.validation[1]).tolist() == [2] * 10
     assert np.bincount(part.train[1]).tolist() == [5] * 10
     seen = {image.tobytes() for split in whole[:3] for image in split[0]}
