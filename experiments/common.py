@@ -164,10 +164,15 @@ def check_model(name):
     return int(match[1]), int(match[2] or 16)
 
 
-def base_augmentation(data, seed):
+def layer_seeds(run, count):
+    """Returns independent seeds for the random layers of a run, the same ones for every arm."""
+    return np.random.SeedSequence((run.seed, round(100 * run.sparsity))).generate_state(count).tolist()
+
+
+def base_augmentation(data, crop_seed, flip_seed):
     """The paper's random crop, by an eighth of the side (4 pixels of 32), and its horizontal flip."""
-    crop = kc.RandomCrop(padding=data.input_shape[0] // 8, fill_value=data.fill_value, seed=seed)
-    return [crop, keras.layers.RandomFlip("horizontal", seed=seed + 1)] if data.flip else [crop]
+    crop = kc.RandomCrop(padding=data.input_shape[0] // 8, fill_value=data.fill_value, seed=crop_seed)
+    return [crop, keras.layers.RandomFlip("horizontal", seed=flip_seed)] if data.flip else [crop]
 
 
 def learning_rate(epoch, epochs, initial):

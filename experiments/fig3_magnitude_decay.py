@@ -63,7 +63,7 @@ def stage(study, run, sparsities, progress):
         return net, result
 
     index = sparsities.index(run.sparsity)
-    seed = len(SPARSITIES) * run.seed + index
+    *base_seeds, seed = common.layer_seeds(run, 3)
     augment = kc.RandAugment(magnitude=run.magnitude, num_ops=2, seed=seed) if run.magnitude is not None else None
     callbacks, ramp = [], 0
     if index:
@@ -79,7 +79,7 @@ def stage(study, run, sparsities, progress):
         if augment:
             callbacks += [kc.MagnitudeScheduler(augment, kc.SparsityLinkedMagnitude(schedule, ARMS[run.arm]))]
 
-    layers = [*common.base_augmentation(study.data, seed), *([augment] if augment else []), net]
+    layers = [*common.base_augmentation(study.data, *base_seeds), *([augment] if augment else []), net]
     result = common.train(run, layers, study.data, done.parent, progress=progress, callbacks=callbacks, best_from=ramp)
     small = kc.strip_pruning(net)
     result |= common.sizes(small)
