@@ -17,8 +17,8 @@ install: .venv/installed  ## create .venv with the tested versions of everything
 	touch $@
 
 demo: install  ## Figure 3 in small: six ways to augment a network while it is pruned, in a few minutes on a CPU
-	$(BIN)/python -m experiments.fig3_magnitude_decay --dataset=digits --seeds=0 --results=demo/fig3.jsonl \
-		--figure_path=demo/fig3_digits.png --export=saved_models/resnet8_digits_p60
+	$(BIN)/python -m experiments.fig3_magnitude_decay --dataset=digits --seeds=0 --results=demo/fig3_digits.jsonl \
+		--out=demo/fig3_digits.png --checkpoints=demo/checkpoints --export=saved_models/resnet8_digits_p60
 
 test: test-tensorflow test-jax  ## run the tests on both backends
 

@@ -203,9 +203,6 @@ def train(run, layers, data, folder, *, progress, callbacks=(), best_from=0):
     if (folder / STATE).exists():
         history, state, best = load_arrays(folder / STATE, "state", "best")
         assign(variables, state)
-        for layer in layers[-1].layers:
-            if isinstance(layer, kc.PruneLowMagnitude):
-                layer.step = int(layer.pruning_step)
     progress.update(len(history["validation"]))
     images, labels = data.train
     used = len(labels) // run.batch_size * run.batch_size  # whole batches only: another shape is compiled anew

@@ -1,0 +1,29 @@
+"""The README's code is run as it stands, on a smaller net and fewer epochs."""
+
+import pathlib
+import re
+
+import keras
+import numpy as np
+import pytest
+
+README = pathlib.Path(__file__).parent.parent / "README.md"
+
+
+def test_the_tour_in_the_readme_runs(tmp_path, monkeypatch, capsys):
+    (tour,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    for theirs, smaller in {
+        "models.resnet20(num_classes=10)": "models.resnet(8, 10, width=4)",
+        "epochs=200": "epochs=1",
+        "batch_size=128": "batch_size=4",
+        "end_step=20_000, frequency=100": "end_step=8, frequency=2",
+    }.items():
+        assert theirs in tour
+        tour = tour.replace(theirs, smaller)
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    scope = {"images": rng.integers(0, 256, (40, 32, 32, 3), "uint8"), "labels": rng.integers(0, 10, 40)}
+    exec(tour, scope)
+    assert float(capsys.readouterr().out.splitlines()[0]) == pytest.approx(0.6, abs=1e-3)
+    assert float(keras.ops.convert_to_numpy(scope["augment"].magnitude)) == pytest.approx(4, abs=0.01)
+    assert (tmp_path / "saved_models" / "resnet20_p60" / "saved_model.pb").exists()
