@@ -4,6 +4,7 @@ A wrapper masks its layer's kernels in the forward pass; a callback recomputes t
 schedule says. The masks are arithmetic on NumPy arrays, so that they are the same on every backend.
 """
 
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -548,12 +549,19 @@ class PruningSummaries(keras.callbacks.TensorBoard):
         update_freq, **kwargs: See `keras.callbacks.TensorBoard`.
 
     Raises:
-        ValueError: If `log_dir` is not a non-empty string.
+        ValueError: If `log_dir` is not a non-empty path.
+        ImportError: If TensorBoard is not installed.
+
+    Example:
+        >>> import kerascompress as kc
+        >>> callbacks = [kc.UpdatePruningStep(), kc.PruningSummaries(log_dir="logs")]
     """
 
     def __init__(self, log_dir: str, update_freq="epoch", **kwargs):
         if not isinstance(log_dir, (str, os.PathLike)) or not str(log_dir):
             raise ValueError(f"`log_dir` must be a non-empty path. Received: log_dir={log_dir!r}.")
+        if importlib.util.find_spec("tensorboard") is None:
+            raise ImportError("`PruningSummaries` needs TensorBoard, which is not there: `pip install tensorboard`.")
         super().__init__(log_dir=str(log_dir), update_freq=update_freq, **kwargs)
         self._pruning_writer: Any = None
 
