@@ -1,7 +1,8 @@
-"""Data augmentation on the device, in the model: RandAugment with a live magnitude, and the crop that goes before it."""
+"""Augmentation in the model, on the device: RandAugment with a live magnitude, and the crop that goes before it."""
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,14 +13,16 @@ from keras import ops as kops
 from kerascompress import image_ops
 from kerascompress.schedules import StepCallback
 
+_KINDS = ("identity", "table", "warp", "pixels")
+
 
 @keras.saving.register_keras_serializable("kerascompress")
 @dataclasses.dataclass(frozen=True)
 class Op:
     """A row of the operation table: what to do with an image, and how much of it at M = 30.
 
-    Exactly one of the three functions says what to do; a row with none of them is the identity. Each gets the argument of
-    every image, float32 `(batch,)`: `argument * M / 30`, with a sign drawn per image if `signed`.
+    One of the three functions says what to do; a row with none of them is the identity. Each gets the argument of every
+    image, float32 `(batch,)`: `argument * M / 30`, with a sign drawn per image if `signed`.
 
     Args:
         name: How `RandAugment(ops=...)` refers to the row.
@@ -46,8 +49,12 @@ class Op:
     warp: Callable[[Any, Any, Any], Any] | None = None
     pixels: Callable[[Any, Any], Any] | None = None
 
+    @property
+    def kind(self) -> str:
+        return next((kind for kind in _KINDS[1:] if getattr(self, kind) is not None), _KINDS[0])
+
     def __post_init__(self):
-        given = [kind for kind in ("table", "warp", "pixels") if getattr(self, kind) is not None]
+        given = [kind for kind in _KINDS[1:] if getattr(self, kind) is not None]
         if len(given) > 1 or not all(callable(getattr(self, kind)) for kind in given):
             raise ValueError(
                 f"An `Op` needs one function, as `table=`, `warp=` or `pixels=`. Received: {given} in Op {self.name!r}."
@@ -105,8 +112,8 @@ class _Augmentation(keras.layers.Layer):
             return images
         if len(images.shape) not in (3, 4) or images.shape[-1] not in (1, 3):
             raise ValueError(
-                f"{type(self).__name__} needs images of shape (batch, height, width, channels) or (height, width, channels) "
-                f"with 1 or 3 channels. Received: images of shape {tuple(images.shape)}."
+                f"{type(self).__name__} needs images of shape (batch, height, width, channels) or "
+                f"(height, width, channels), with 1 or 3 channels. Received: images of shape {tuple(images.shape)}."
             )
         return augment_batch(images) if len(images.shape) == 4 else augment_batch(images[None])[0]
 
@@ -119,21 +126,25 @@ class _Augmentation(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable("kerascompress")
 class RandAugment(_Augmentation):
-    """RandAugment in the model: each image draws its own operations, signs and magnitude, and M can change while it trains.
+    """RandAugment in the model: every image draws operations and signs of its own, and the magnitude is live.
 
-    An image draws `num_ops` rows of the table, independently and with replacement, and they are applied in that order, each
-    with the argument `argument * M / 30` of its row. Pixels are Pillow's, bit for bit. Inactive unless `training` is true, and
-    inside of `tf.data`, where `dataset.map(augment)` augments single images or batches (TensorFlow backend only).
+    An image draws `num_ops` rows of the table `OPS`, independently and with replacement. They are applied in that
+    order, each with the argument `argument * M / 30` of its row and a sign. Pixels are Pillow's, bit for bit. Active
+    where `training` is true, and in `tf.data` (TensorFlow backend only), where `dataset.map(augment)` takes images or
+    batches.
+
+    XLA compiles it for every size of images and batches, so keep them few; sizes that a trace does not know are slower.
 
     Args:
-        magnitude: M in [0, 30], or `(low, high)`: drawn uniformly per image. `layer.magnitude` is a variable of shape `()` or
-            `(2,)`; `layer.magnitude.assign(...)` acts on the next step, without a retrace. Inside of `tf.data`, on the images that
-            have not been prefetched yet.
+        magnitude: M in [0, 30], or `(low, high)`: drawn uniformly per image. `layer.magnitude` is a variable of shape
+            `()` or `(2,)`; `layer.magnitude.assign(...)` acts on the next step, without a retrace. In `tf.data`, it
+            acts on the images that have not been prefetched yet.
         num_ops: How many operations an image draws.
         ops: Names of `OPS`, or `Op` rows of your own; all of `OPS` by default.
-        value_range: The values of black and white in the images: `(0, 255)`, `(0, 1)`, `(-1, 1)`. Float images are rounded to
-            the 256 levels in between.
-        fill_value: What rotate, shear and translate show outside of the image, 0 (black) to 255 (white), whatever `value_range`.
+        value_range: The values of black and white in the images: `(0, 255)`, `(0, 1)`, `(-1, 1)`. Float images are
+            rounded to the 256 levels in between.
+        fill_value: What rotate, shear and translate show outside of the image, from 0 (black) to 255 (white), whatever
+            `value_range` is.
         interpolation: `"nearest"`, as in the paper, or `"bilinear"`.
         seed: Makes the draws reproducible.
 
@@ -156,8 +167,9 @@ class RandAugment(_Augmentation):
         >>> _ = augment.magnitude.assign(4.0)  # from the next step on
 
     Reference:
-        Cubuk, Zoph, Shlens, Le, "RandAugment: Practical automated data augmentation with a reduced search space", 2020, with
-        the operations of torchvision; M(k) of Yu, Zhang, Ma, "Revisiting Data Augmentation in Model Compression", Equation 2.
+        Cubuk, Zoph, Shlens, Le, "RandAugment: Practical automated data augmentation with a reduced search space", 2020,
+        with the operations of torchvision; Yu, Zhang, Ma, "Revisiting Data Augmentation in Model Compression",
+        Equation 2.
     """
 
     def __init__(
@@ -190,7 +202,8 @@ class RandAugment(_Augmentation):
             )
         if not 0 <= fill_value <= 255:
             raise ValueError(
-                f"`fill_value` must be in [0, 255], black to white, whatever `value_range` is. Received: fill_value={fill_value}."
+                "`fill_value` must be in [0, 255], black to white, whatever `value_range` is. "
+                f"Received: fill_value={fill_value}."
             )
         if interpolation not in ("nearest", "bilinear"):
             raise ValueError(
@@ -219,11 +232,7 @@ class RandAugment(_Augmentation):
         op, sign, magnitude = self.draw(kops.shape(values)[0], magnitude)
         argument = _take([row.argument / 30 for row in self.ops], op) * magnitude
         argument = argument * kops.where(_take([float(row.signed) for row in self.ops], op) > 0, sign, 1.0)
-
-        def step(k, values):
-            return apply(self.ops, values, op[k], argument[k], self.fill_value, self.interpolation)
-
-        values = kops.fori_loop(0, self.num_ops, step, values)
+        values = apply(self.ops, values, op, argument, fill_value=self.fill_value, interpolation=self.interpolation)
         return restore(values)
 
     def draw(self, batch, magnitude=None):
@@ -277,10 +286,9 @@ class RandAugment(_Augmentation):
 
 @keras.saving.register_keras_serializable("kerascompress")
 class RandomCrop(_Augmentation):
-    """Pads every image and crops it back to its size, at an offset of its own: torchvision's `RandomCrop(32, padding=4)`.
+    """Pads every image and crops it back to its size, at an offset of its own, as torchvision's RandomCrop does.
 
-    Inactive unless `training` is true, and inside of `tf.data`, as `RandAugment`. For the horizontal flip that goes with it, use
-    `keras.layers.RandomFlip("horizontal")`.
+    Active when `RandAugment` is. For the horizontal flip beside it, use `keras.layers.RandomFlip("horizontal")`.
 
     Args:
         padding: Pixels on each side.
@@ -324,7 +332,7 @@ class RandomCrop(_Augmentation):
 
 
 class MagnitudeScheduler(StepCallback):
-    """Assigns `schedule(step)` to the magnitude of an augmentation while a model trains; `step` counts optimizer updates.
+    """Assigns `schedule(step)` to the magnitude of an augmentation as a model trains; `step` counts optimizer updates.
 
     Args:
         augment: A layer with a scalar variable `magnitude`, such as `RandAugment`. It need not be a part of the model.
@@ -375,45 +383,89 @@ class MagnitudeScheduler(StepCallback):
         if magnitude != self._assigned:
             _ = (
                 self.model
-            )  # on the JAX backend this brings the variables back from the train loop, which would overwrite them
+            )  # brings the variables back from the train loop on the JAX backend, which would overwrite them
             self.augment.magnitude.assign(magnitude)
             self._assigned = magnitude
 
 
-def apply(rows: Sequence[Op], images, op, argument, fill_value: float = 0, interpolation: str = "nearest"):
-    """Applies to every image the row that it drew.
+def apply(rows: Sequence[Op], images, op, argument, *, fill_value: float = 0, interpolation: str = "nearest"):
+    """Applies to every image the rows that it drew, one after the other.
 
     Args:
         rows: The table.
         images: uint8 `(batch, height, width, channels)`.
-        op: int32 `(batch,)`, indices into `rows`.
-        argument: float32 `(batch,)`, in the unit of the row.
+        op: int32 `(num_ops, batch)`, indices into `rows`.
+        argument: float32 `(num_ops, batch)`, in the units of the rows.
         fill_value: See `RandAugment`.
         interpolation: See `RandAugment`.
 
     Returns:
         uint8 `(batch, height, width, channels)`.
     """
-    if keras.backend.backend() == "jax":
-        return _jitted_select()(tuple(rows), images, op, argument, fill_value, interpolation)
-    return _select(rows, images, op, argument, fill_value, interpolation)
+    run = _engine(
+        keras.backend.backend(), tuple(rows), tuple(images.shape), op.shape[0], fill_value, interpolation, _on_cpu()
+    )
+    return run(images, op, argument)
 
 
-def _select(rows, images, op, argument, fill_value, interpolation):
-    """Fused passes over the whole batch: tables and maps are selected per image, then applied once."""
+@functools.lru_cache
+def _engine(backend, rows, shape, num_ops, fill_value, interpolation, on_cpu):
+    """`apply`, compiled by XLA wherever it is called from: its kernels are several times faster than TensorFlow's."""
+    compiled = backend == "jax" or (backend == "tensorflow" and None not in shape[1:])
+    one_round = _single_round if shape[0] == 1 else _grouped_round if compiled and on_cpu else _fused_round
+
+    def run(images, op, argument):
+        def step(k, images):
+            return one_round(rows, images, op[k], argument[k], fill_value=fill_value, interpolation=interpolation)
+
+        # a loop, so that a round ends in memory: compilers would repeat the first for every pixel that the second reads
+        return kops.fori_loop(0, num_ops, step, images)
+
+    if backend == "jax":
+        import jax
+
+        return jax.jit(run)
+    if compiled:
+        import tensorflow as tf
+
+        batch = shape[0] if shape[0] == 1 else None  # one trace for batches of all sizes
+        per_image = [tf.TensorSpec((num_ops, batch), dtype) for dtype in (tf.int32, tf.float32)]
+        signature = [tf.TensorSpec((batch, *shape[1:]), tf.uint8), *per_image]
+        return tf.function(run, jit_compile=True, autograph=False, input_signature=signature)
+    return run
+
+
+def _single_round(rows, images, op, argument, **outside):
+    """For one image: the operation that it drew, and no other."""
+
+    def branch(row):
+        def apply_row(images, argument):
+            if row.table:
+                tables = image_ops.to_bytes(row.table(images, argument))
+                return image_ops.lookup(images, kops.broadcast_to(tables, (1, images.shape[-1], 256)))
+            if row.warp:
+                matrices = row.warp(argument, *kops.shape(images)[1:3])
+                return image_ops.to_bytes(image_ops.warp(images, matrices, **outside))
+            return image_ops.to_bytes(row.pixels(kops.cast(images, "float32"), argument)) if row.pixels else images
+
+        return apply_row
+
+    return kops.switch(op[0], [branch(row) for row in rows], images, argument)
+
+
+def _fused_round(rows, images, op, argument, **outside):
+    """For accelerators: a few passes over the whole batch, with tables, maps and pixels selected per image."""
     batch, height, width, channels = kops.shape(images)
-    tables = kops.broadcast_to(kops.convert_to_tensor(np.arange(256, dtype="uint8")), (batch, channels, 256))
-    matrix = kops.broadcast_to(kops.convert_to_tensor([1.0, 0.0, 0.0, 0.0, 1.0, 0.0]), (batch, 6))
-    for i, row in enumerate(rows):
-        if row.table:
-            tables = kops.where((op == i)[:, None, None], image_ops.to_bytes(row.table(images, argument)), tables)
-        if row.warp:
-            matrix = kops.where((op == i)[:, None], row.warp(argument, height, width), matrix)
     result = images
     if any(row.table for row in rows):
+        tables = kops.broadcast_to(kops.convert_to_tensor(np.arange(256, dtype="uint8")), (batch, channels, 256))
+        for i, row in enumerate(rows):
+            if row.table:
+                tables = kops.where((op == i)[:, None, None], image_ops.to_bytes(row.table(images, argument)), tables)
         result = image_ops.lookup(result, tables)
     if any(row.warp for row in rows):
-        result = image_ops.to_bytes(image_ops.warp(result, matrix, fill_value=fill_value, interpolation=interpolation))
+        matrices = _matrices(rows, op, argument, height, width)
+        result = image_ops.to_bytes(image_ops.warp(result, matrices, **outside))
     for i, row in enumerate(rows):
         if row.pixels:
             pixels = image_ops.to_bytes(row.pixels(kops.cast(images, "float32"), argument))
@@ -421,11 +473,100 @@ def _select(rows, images, op, argument, fill_value, interpolation):
     return result
 
 
-@functools.lru_cache
-def _jitted_select():
-    import jax  # outside of a compiled train step, JAX would run a hundred small programs
+# Images in a chunk. With more, the last chunk of an operation wastes work; with fewer, the loop outweighs its body.
+_CHUNK = 4
 
-    return jax.jit(_select, static_argnums=(0, 4, 5))
+
+def _grouped_round(rows, images, op, argument, **outside):
+    """For processors: chunk by chunk in the order of what was drawn, so that an image pays for its own operation only.
+
+    Shapes stay static, as compilers want them: the last chunk of an operation reaches into the images of the next one,
+    which overwrites them, and that of the last operation into padding.
+    """
+    batch, height, width, channels = kops.shape(images)
+    in_order = sorted(range(len(rows)), key=lambda i: _KINDS.index(rows[i].kind))
+    rows = [rows[i] for i in in_order]
+    place = kops.take(np.argsort(in_order).astype("int32"), op)
+    starts = kops.sum(kops.cast(place[None, :] < np.arange(len(rows) + 1, dtype="int32")[:, None], "int32"), axis=1)
+    order = kops.cast(kops.argsort(place), "int32")
+    inverse = kops.cast(kops.argsort(order), "int32")
+    order = kops.pad(order, (0, _CHUNK))
+    argument = kops.take(argument, order)
+    matrices = _matrices(rows, kops.take(place, order), argument, height, width)
+
+    def chunk_of(values, start):
+        return kops.slice(values, (start, *[0] * (len(values.shape) - 1)), (_CHUNK, *kops.shape(values)[1:]))
+
+    def walk(stretches, branches, inputs, output):
+        """Fills the places of every stretch of rows, (first, last), with what its branch makes of the images there."""
+        first, last = (kops.take(starts, np.array(bound, "int32")) for bound in zip(*stretches, strict=True))
+        chunks = (last - first + (_CHUNK - 1)) // _CHUNK
+        done = kops.cumsum(chunks)
+
+        def body(step, output):
+            stretch = kops.sum(kops.cast(step >= done, "int32"))
+            # `take`, as TensorFlow would compile anew for every value of a computed index in brackets
+            start = kops.take(first, stretch) + (step - kops.take(done - chunks, stretch)) * _CHUNK
+            # what a branch reads must be in memory before it begins, or compilers slice it anew for every pixel
+            chunk = image_ops.gather(images, chunk_of(order, start))
+            made = kops.switch(stretch, branches, chunk, *(chunk_of(each, start) for each in inputs))
+            return step + 1, kops.slice_update(output, (start, *[0] * (len(output.shape) - 1)), made)
+
+        return kops.while_loop(lambda step, output: step < done[-1], body, (0, output))[1]
+
+    def make_tables(row):
+        def branch(images, argument):
+            return kops.broadcast_to(image_ops.to_bytes(row.table(images, argument)), (_CHUNK, channels, 256))
+
+        return branch
+
+    def make_pixels(row):
+        def branch(images, argument, tables, matrices):
+            return image_ops.to_bytes(row.pixels(kops.cast(images, "float32"), argument))
+
+        return branch
+
+    def keep(images, argument, tables, matrices):
+        return images
+
+    def look_up(images, argument, tables, matrices):
+        return image_ops.lookup(images, tables)
+
+    def warp(images, argument, tables, matrices):
+        return image_ops.to_bytes(image_ops.warp(images, matrices, **outside))
+
+    bounds = np.searchsorted([_KINDS.index(row.kind) for row in rows], range(len(_KINDS) + 1)).tolist()
+    tables = kops.zeros((batch + _CHUNK, channels, 256), "uint8")
+    of_table = range(bounds[1], bounds[2])
+    if of_table:
+        tables = walk([(i, i + 1) for i in of_table], [make_tables(rows[i]) for i in of_table], [argument], tables)
+    of_pixels = range(bounds[3], bounds[4])
+    stretches = [*itertools.pairwise(bounds[:4]), *((i, i + 1) for i in of_pixels)]
+    branches = [keep, look_up, warp, *(make_pixels(rows[i]) for i in of_pixels)]
+    output = walk(
+        stretches,
+        branches,
+        [argument, tables, matrices],
+        kops.zeros((batch + _CHUNK, height, width, channels), "uint8"),
+    )
+    return image_ops.gather(output, inverse)
+
+
+def _matrices(rows, op, argument, height, width):
+    matrix = kops.broadcast_to(kops.convert_to_tensor([1.0, 0.0, 0.0, 0.0, 1.0, 0.0]), (kops.shape(op)[0], 6))
+    for i, row in enumerate(rows):
+        if row.warp:
+            matrix = kops.where((op == i)[:, None], row.warp(argument, height, width), matrix)
+    return matrix
+
+
+def _on_cpu() -> bool:
+    """Whether what is being traced will run on a processor."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return _inside_tf_data() or not tf.config.list_logical_devices("GPU")
+    return not any(device.startswith(("gpu", "cuda", "tpu")) for device in keras.distribution.list_devices())
 
 
 def _rows(ops: Sequence[str | Op]) -> tuple[Op, ...]:

@@ -1,14 +1,14 @@
 """Batched pixel operations: pure functions on images and per-image arguments, equal to Pillow's to the bit.
 
-Images are `(batch, height, width, channels)` with whole values 0..255, one channel (grey) or three (RGB); an argument is one
-number per image, shape `(batch,)`. Most operations do not touch pixels at all. They describe what is to be done, in one of two
-forms that are cheap to apply to a whole batch:
+Images are `(batch, height, width, channels)` with whole values 0..255, one channel (grey) or three (RGB); an argument
+is one number per image, shape `(batch,)`. Most operations do not touch pixels at all. They describe what is to be
+done, in one of two forms that are cheap to apply to a whole batch:
 
 - a look-up table per image and channel, `(batch, 1 or channels, 256)`, applied by `lookup`;
 - an inverse affine map per image, `(batch, 6)`, applied by `warp`.
 
-`color` and `sharpness` are neither and return pixels. Everything is written in `keras.ops` and runs in graph, eager and XLA mode.
-Tables and pixels come back as floats; `to_bytes` cuts their fractions off, as Pillow does.
+`color` and `sharpness` are neither and return pixels. Everything is written in `keras.ops` and runs in graph, eager and
+XLA mode. Tables and pixels come back as floats; `to_bytes` cuts their fractions off, as Pillow does.
 """
 
 import functools
@@ -37,7 +37,7 @@ def lookup(images, tables):
     """
     batch, channels = ops.shape(tables)[0], tables.shape[1]
     start = 256 * ops.reshape(ops.arange(batch * channels, dtype="int32"), (-1, 1, 1, channels))
-    return _gather(ops.reshape(tables, (-1,)), ops.cast(images, "int32") + start)
+    return gather(ops.reshape(tables, (-1,)), ops.cast(images, "int32") + start)
 
 
 def warp(images, matrix, *, fill_value=0, interpolation="nearest"):
@@ -62,7 +62,7 @@ def warp(images, matrix, *, fill_value=0, interpolation="nearest"):
     y = ops.arange(height, dtype="int32")[None, :, None]
 
     def pick(source_x, source_y):
-        return _gather(flat, start + source_y * width + source_x)
+        return gather(flat, start + source_y * width + source_x)
 
     if interpolation == "nearest":
         a, b, c, d, e, f = (
@@ -93,7 +93,7 @@ def warp(images, matrix, *, fill_value=0, interpolation="nearest"):
     return ops.where(inside[..., None], pixels, ops.cast(fill_value, pixels.dtype))
 
 
-# --- look-up tables ----------------------------------------------------------------------------------------------------------
+# --- look-up tables ---
 
 
 def brightness(images, percent):
@@ -129,11 +129,11 @@ def auto_contrast(images, argument=None):
     ramp = ops.cast(_ramp(), "int32")
     scaled, divisor = 255 * (ramp - low), ops.maximum(span, 1)
     table = ops.floor_divide(scaled, divisor)
-    # Pillow computes in float64, which no accelerator has: where the quotient is whole, its rounding errors may fall one short.
+    # Pillow computes in float64, which JAX lacks: where the quotient is whole, its rounding errors may fall one short.
     error, limit = (ops.convert_to_tensor(constant) for constant in _float64_rounding())
     error = ops.reshape(error, (-1,))
-    error = _gather(error, 256 * span + ramp) - _gather(error, 256 * span + low)
-    short = (table * divisor == scaled) & (error < _gather(limit, ops.clip(table, 0, 255)))
+    error = gather(error, 256 * span + ramp) - gather(error, 256 * span + low)
+    short = (table * divisor == scaled) & (error < gather(limit, ops.clip(table, 0, 255)))
     table = ops.cast(table, "float32") - ops.cast(short, "float32")
     return ops.where(span > 0, table, _ramp())
 
@@ -154,7 +154,7 @@ def equalize(images, argument=None):
     return ops.where(step > 0, ops.cast(table, "float32"), _ramp())
 
 
-# --- affine maps -------------------------------------------------------------------------------------------------------------
+# --- affine maps ---
 
 
 def rotate(degrees, height, width):
@@ -189,7 +189,7 @@ def translate_y(share, height, width):
     return ops.stack([one, zero, zero, zero, one, -_truncated(share, height)], axis=1)
 
 
-# --- pixels ------------------------------------------------------------------------------------------------------------------
+# --- pixels ---
 
 
 def color(images, percent):
@@ -199,13 +199,15 @@ def color(images, percent):
 
 def sharpness(images, percent):
     """Blend with the smoothed image: by `100 + percent` per cent of the image. The border of one pixel stays."""
-    images = ops.cast(images, "float32")
-    rows = images[:, :-2] + images[:, 1:-1] + images[:, 2:]
-    inner = images[:, 1:-1, 1:-1]
-    weighted = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:] + 4.0 * inner
-    smoothing = ops.floor((weighted + 6.5) / 13.0) - inner
-    smooth = images + ops.pad(smoothing, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    return blend(smooth, images, _factor(percent)[:, None, None, None])
+    height, width, channels = ops.shape(images)[1:]
+    flat = ops.reshape(ops.cast(images, "float32"), (-1, height, width * channels))
+    padded = ops.pad(flat, ((0, 0), (1, 1), (channels, channels)))
+    rows = padded[:, :-2] + padded[:, 1:-1] + padded[:, 2:]
+    weighted = rows[:, :, : -2 * channels] + rows[:, :, channels:-channels] + rows[:, :, 2 * channels :] + 4.0 * flat
+    x, y = ops.arange(width * channels, dtype="int32"), ops.arange(height, dtype="int32")[:, None]
+    inner = (x >= channels) & (x < (width - 1) * channels) & (y >= 1) & (y < height - 1)
+    smooth = ops.where(inner, ops.floor((weighted + 6.5) / 13.0), flat)
+    return ops.reshape(blend(smooth, flat, _factor(percent)[:, None, None]), (-1, height, width, channels))
 
 
 def grey(images):
@@ -220,8 +222,8 @@ def grey(images):
 def blend(degenerate, values, factor):
     """`degenerate + factor * (values - degenerate)` in float32, rounded after the product and after the sum.
 
-    Compilers like to fuse the two into one instruction that rounds once, which changes pixels where the result is near a whole
-    number. Splitting the factor makes both products exact, so that fused or not the result is the same.
+    Compilers like to fuse the two into one instruction that rounds once, which changes pixels where the result is near
+    a whole number. Splitting the factor makes both products exact, so that fused or not the result is the same.
     """
     high, rest = _split(factor)
     difference = values - degenerate
@@ -237,7 +239,7 @@ def _split(factor):
 
 
 def _factor(percent):
-    """`(100 + percent) / 100`, rounded once: compilers multiply by 0.01 instead, so one step of Newton's corrects that."""
+    """`(100 + percent) / 100`, rounded once: compilers multiply by 0.01 instead, which a step of Newton's corrects."""
     quotient = (100.0 + percent) * 0.01
     high, rest = _split(quotient)
     return quotient + 0.01 * ((100.0 + percent - 100.0 * high) + 100.0 * rest)
@@ -254,7 +256,7 @@ def _ramp():
 
 @functools.lru_cache
 def _float64_rounding():
-    """How far float64 `value * (255 / span)` is off, (span, value), and how far it must be to fall below a whole number, (256,)."""
+    """How far `value * (255 / span)` is off in float64, (span, value), and what is too far for each result, (256,)."""
     span, value = np.arange(256.0)[:, None], np.arange(256.0)[None, :]
     product = value * (255.0 / np.maximum(span, 1.0))
     high = product.astype("float32").astype("float64")  # the two halves times 8 bits are exact
@@ -263,7 +265,7 @@ def _float64_rounding():
     return error.astype("float32"), -half_step.astype("float32")
 
 
-def _gather(values, indices):
+def gather(values, indices):
     """`values[indices]` along the first axis, for indices that are known to be inside."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import types
 
 import keras
 import numpy as np
@@ -12,7 +13,6 @@ from keras import ops
 from scipy import stats
 from test_image_ops import NAMES, Drawn, photographs
 
-from kerascompress import image_ops
 from kerascompress.augment import OPS, MagnitudeScheduler, Op, RandAugment, RandomCrop
 
 GRADED = [row.name for row in OPS if row.argument]
@@ -27,28 +27,28 @@ def batch_of(count, height=32, width=32):
     return np.concatenate([images] * -(-count // len(images)))[:count]
 
 
-# --- what is drawn --------------------------------------------------------------------------------------
+# --- what is drawn ---
 
 
 def test_images_of_one_batch_draw_different_operations_signs_and_magnitudes():
-    image = np.repeat(photographs(32, 32)[:1], 64, axis=0)
+    image = np.repeat(photographs(32, 32)[:1], 48, axis=0)
     outputs = augmented(RandAugment(magnitude=14, seed=0), image)
-    assert len(np.unique(outputs, axis=0)) > 40
+    assert len(np.unique(outputs, axis=0)) > 30
     one_op = augmented(RandAugment(magnitude=14, num_ops=1, ops=["TranslateX"], seed=0), image)
     assert len(np.unique(one_op, axis=0)) == 2  # the two signs
     ranged = augmented(RandAugment(magnitude=(0, 30), num_ops=1, ops=["Solarize"], seed=0), image)
-    assert len(np.unique(ranged, axis=0)) > 30
+    assert len(np.unique(ranged, axis=0)) > 24
 
 
 def test_a_seed_reproduces_and_another_seed_does_not():
-    images = batch_of(32)
+    images = batch_of(48)
     first, second = (augmented(RandAugment(magnitude=(4, 30), seed=3), images) for _ in range(2))
     np.testing.assert_array_equal(first, second)
     assert not np.array_equal(first, augmented(RandAugment(magnitude=(4, 30), seed=4), images))
 
 
 def test_consecutive_calls_draw_anew():
-    images, layer = batch_of(32), RandAugment(magnitude=14, seed=3)
+    images, layer = batch_of(48), RandAugment(magnitude=14, seed=3)
     assert not np.array_equal(augmented(layer, images), augmented(layer, images))
 
 
@@ -71,17 +71,17 @@ def test_the_table_has_the_fourteen_operations_of_torchvision():
     expected = (
         "Identity ShearX ShearY TranslateX TranslateY Rotate Brightness Color Contrast Sharpness Posterize Solarize"
     )
-    assert NAMES == [*expected.split(), "AutoContrast", "Equalize"]
+    assert [*expected.split(), "AutoContrast", "Equalize"] == NAMES
     assert {row.name for row in OPS if row.signed} == {
         *("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness")
     }
 
 
-# --- what the magnitude does ----------------------------------------------------------------------------
+# --- what the magnitude does ---
 
 
 def test_graded_operations_but_solarize_are_the_identity_at_magnitude_zero():
-    images = batch_of(66)
+    images = batch_of(48)
     images[0, 0, 0] = 255
     graded = [name for name in GRADED if name != "Solarize"]
     np.testing.assert_array_equal(augmented(RandAugment(magnitude=0, ops=graded), images), images)
@@ -97,7 +97,8 @@ def test_distortion_grows_with_the_magnitude(name):
     magnitude, sign = (np.repeat(np.float32(column), len(images)) for column in zip(*cases, strict=True))
     output = augmented(Drawn([np.full(len(batch), NAMES.index(name))], [sign]), batch, magnitude=magnitude)
     distortion = np.abs(output.astype(float) - batch).reshape(len(magnitudes), -1).mean(axis=1)
-    assert np.all(np.diff(distortion) >= 0) and distortion[-1] > distortion[0]
+    assert np.all(np.diff(distortion) >= 0)
+    assert distortion[-1] > distortion[0]
 
 
 def test_between_whole_magnitudes_the_table_is_linear():
@@ -107,8 +108,8 @@ def test_between_whole_magnitudes_the_table_is_linear():
 
 
 def test_a_magnitude_per_image_may_be_passed():
-    images = batch_of(64)
-    magnitude = np.tile(np.float32([0, 30]), 32)
+    images = batch_of(48)
+    magnitude = np.tile(np.float32([0, 30]), 24)
     output = augmented(RandAugment(magnitude=9, num_ops=1, ops=["Posterize"]), images, magnitude=magnitude)
     np.testing.assert_array_equal(output[::2], images[::2])
     np.testing.assert_array_equal(output[1::2], images[1::2] & 0xF0)
@@ -123,10 +124,10 @@ def test_the_magnitude_pair_is_live_too():
     np.testing.assert_array_equal(augmented(layer, images), images & 0xF0)
 
 
-# --- images ---------------------------------------------------------------------------------------------
+# --- images ---
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     dtype=st.sampled_from(["uint8", "float32", "float16", "bfloat16"]),
     channels=st.sampled_from([1, 3]),
@@ -139,11 +140,12 @@ def test_output_has_the_shape_dtype_and_range_of_the_input(dtype, channels, magn
     assert output.shape == images.shape
     assert keras.backend.standardize_dtype(output.dtype) == dtype
     values = ops.convert_to_numpy(ops.cast(output, "float32"))
-    assert values.min() >= 0 and values.max() <= 255
+    assert values.min() >= 0
+    assert values.max() <= 255
     np.testing.assert_array_equal(values, np.round(values))
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(data=st.data())
 def test_the_result_of_an_image_does_not_depend_on_its_neighbours(data):
     images = batch_of(12)
@@ -201,7 +203,7 @@ def test_without_training_it_is_the_identity():
         np.testing.assert_array_equal(model.predict(images, verbose=0), images)
 
 
-# --- operations of one's own ----------------------------------------------------------------------------
+# --- operations of one's own ---
 
 
 @keras.saving.register_keras_serializable("test_augment")
@@ -228,7 +230,7 @@ def test_ops_takes_names_and_rows_of_ones_own():
     assert set(np.unique(drawn)) == {0, 1}
 
 
-# --- in a model -----------------------------------------------------------------------------------------
+# --- in a model ---
 
 
 class Traced(RandAugment):
@@ -288,13 +290,10 @@ def test_an_assignment_acts_on_the_next_step_of_a_running_fit_without_a_retrace(
 def test_the_scheduler_assigns_only_changes_and_counts_optimizer_steps():
     assigned = []
 
-    class Peer:
-        class magnitude:
-            shape = ()
-            assign = staticmethod(assigned.append)
+    peer = types.SimpleNamespace(magnitude=types.SimpleNamespace(shape=(), assign=assigned.append))
 
     steps = []
-    model = mean_output(RandAugment())
+    model = mean_output(RandAugment(ops=["Posterize"]))
 
     def schedule(step):
         steps.append(step)
@@ -302,7 +301,7 @@ def test_the_scheduler_assigns_only_changes_and_counts_optimizer_steps():
 
     for _ in range(2):
         model.fit(
-            np.zeros((6, 4, 4, 3)), np.zeros(6), batch_size=2, verbose=0, callbacks=[MagnitudeScheduler(Peer, schedule)]
+            np.zeros((6, 4, 4, 3)), np.zeros(6), batch_size=2, verbose=0, callbacks=[MagnitudeScheduler(peer, schedule)]
         )
     assert sorted(set(steps)) == [0, 1, 2, 3, 4, 5, 6]
     assert assigned == [14, 14, 4]
@@ -329,7 +328,7 @@ def test_a_crop_reloads_from_its_config():
     assert RandomCrop.from_config(crop.get_config()).get_config() == crop.get_config()
 
 
-# --- crop and flip --------------------------------------------------------------------------------------
+# --- crop and flip ---
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])
@@ -351,10 +350,11 @@ def test_keras_random_flip_flips_per_image_and_keeps_the_values():
     output = augmented(keras.layers.RandomFlip("horizontal", seed=0), images)
     flipped = np.all(output == images[:, :, ::-1], axis=(1, 2, 3))
     same = np.all(output == images, axis=(1, 2, 3))
-    assert np.all(flipped | same) and 15 < flipped.sum() < 45
+    assert np.all(flipped | same)
+    assert 15 < flipped.sum() < 45
 
 
-# --- tf.data --------------------------------------------------------------------------------------------
+# --- tf.data ---
 
 
 @pytest.mark.tensorflow_only
@@ -405,8 +405,9 @@ with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
     augment = RandAugment(magnitude=14, seed=0)
     model = keras.Sequential([keras.Input((8, 8, 3)), augment, keras.layers.Flatten(), keras.layers.Dense(2)])
     model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-images = np.random.default_rng(0).integers(0, 256, (32, 8, 8, 3)).astype("float32") / 255
-model.fit(images, np.arange(32) % 2, batch_size=8, verbose=0, callbacks=[MagnitudeScheduler(augment, lambda step: step)])
+images = np.random.default_rng(0).integers(0, 256, (32, 8, 8, 3)).astype("float32")
+callback = MagnitudeScheduler(augment, lambda step: step)
+model.fit(images, np.arange(32) % 2, batch_size=8, verbose=0, callbacks=[callback])
 print("magnitude", keras.ops.convert_to_numpy(augment.magnitude))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -423,10 +424,10 @@ def test_an_exported_saved_model_has_no_augmentation_in_it(tmp_path):
     operations = {operation.type for operation in serve.graph.get_operations()}
     assert not any("Random" in operation or "Gather" in operation for operation in operations)
     images = np.full((2, 4, 4, 3), 10.0, "float32")
-    np.testing.assert_allclose(list(serve(tf.constant(images)).values())[0], [[10.0], [10.0]], rtol=1e-5)
+    np.testing.assert_allclose(next(iter(serve(tf.constant(images)).values())), [[10.0], [10.0]], rtol=1e-5)
 
 
-# --- errors ---------------------------------------------------------------------------------------------
+# --- errors ---
 
 
 @pytest.mark.parametrize(
@@ -462,16 +463,7 @@ def test_bad_values_are_refused_with_what_is_allowed_and_what_came(build, messag
 
 
 def test_the_scheduler_refuses_what_is_not_a_schedule_or_has_no_magnitude():
-    with pytest.raises(TypeError, match="`schedule` must be a function of the step.*Received: schedule=4"):
+    with pytest.raises(TypeError, match=r"`schedule` must be a function of the step.*Received: schedule=4"):
         MagnitudeScheduler(RandAugment(), 4)
     with pytest.raises(TypeError, match="must have a variable `magnitude`"):
         MagnitudeScheduler(keras.layers.Dense(2), lambda step: 4)
-
-
-def test_public_docstrings_run():
-    import doctest
-
-    from kerascompress import augment
-
-    for module in (augment, image_ops):
-        assert doctest.testmod(module).failed == 0
