@@ -3,10 +3,7 @@
 import keras
 import pytest
 
-if keras.backend.backend() == "jax":
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the tests' time
+EXACT = ("test_image_ops", "test_augment")  # what they claim to the bit must hold as a user's program is compiled
 
 
 def pytest_collection_modifyitems(items):
@@ -16,6 +13,16 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=f"needs the TensorFlow backend; this is {keras.backend.backend()}"))
         if item.get_closest_marker("gpu") and not _has_gpu():
             item.add_marker(pytest.mark.skip(reason="needs an accelerator; this machine has none"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation(request):
+    """On JAX, compiling is most of the time, so it optimises only where the result must be a user's, to the bit."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        jax.config.update("jax_disable_most_optimizations", request.module.__name__.split(".")[-1] not in EXACT)
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
