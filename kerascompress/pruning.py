@@ -48,7 +48,8 @@ def magnitude_mask(weights: np.ndarray, sparsity: float) -> tuple[np.ndarray, np
     """Keeps the largest magnitudes: `(mask, threshold)`, with tfmot's rounding; ties with the threshold are kept."""
     magnitudes = np.abs(weights)
     # float32, because tfmot computes in it: 5 weights at sparsity 0.3 are 3.5 in float32 and 3.4999 in float64.
-    keep = max(int(np.round(np.float32(magnitudes.size) * (np.float32(1) - np.float32(sparsity)))), 1)
+    keep = int(np.round(np.float32(magnitudes.size) * (np.float32(1) - np.float32(sparsity))))
+    keep = min(max(keep, 1), magnitudes.size)
     threshold = np.partition(magnitudes, magnitudes.size - keep, axis=None)[magnitudes.size - keep]
     return magnitudes >= threshold, threshold
 
@@ -76,7 +77,7 @@ def block_mask(
 
 
 def m_by_n_mask(weights: np.ndarray, m: int, n: int) -> np.ndarray:
-    """Zeroes the m smallest of every n weights along the input channels, the last axis in LiteRT's layout."""
+    """Zeroes the m smallest of every n weights along the last axis but one, the last in LiteRT's layout."""
     by_output = np.moveaxis(np.abs(weights), -1, 0)  # dense (out, in), convolution (out, height, width, in)
     size = by_output.shape[-1]
     padded = np.pad(by_output, [(0, 0)] * (weights.ndim - 1) + [(0, -size % n)])
@@ -109,15 +110,17 @@ class PruneLowMagnitude(layers.Wrapper):
 
     Args:
         layer: A layer with prunable kernels: dense, convolution (also transposed, separable, depthwise),
-            `EinsumDense`, `Embedding`, recurrent and attention layers, wrappers of these, or a layer of your own whose
-            `get_prunable_weights()` returns the variables to prune.
+            `EinsumDense`, `Embedding`, `LSTM`, `GRU`, `SimpleRNN`, built attention layers, `Bidirectional` and
+            `TimeDistributed` of these, or a layer of your own whose `get_prunable_weights()` returns the variables to
+            prune.
         pruning_schedule: When to prune and to which sparsity: `PolynomialDecay`, `ConstantSparsity` or any callable
             `step -> (should_prune, sparsity)` with sparsity in [0, 1). Step 0 is the moment before the first batch.
             Defaults to `ConstantSparsity(0.5, 0)`.
         block_size: `(height, width)` of the blocks in which a 2-dimensional kernel is zeroed.
         block_pooling_type: `"AVG"` or `"MAX"`, how a block's magnitude is computed from its weights.
-        sparsity_m_by_n: `(m, n)`, e.g. `(2, 4)`: m zeros in every n consecutive weights along the input channels of 2-
-            or 4-dimensional kernels. The mask is computed once, when training begins; the schedule is not asked.
+        sparsity_m_by_n: `(m, n)`, e.g. `(2, 4)`: m zeros in every n consecutive weights along the last axis but one of
+            2- or 4-dimensional kernels, the input channels of dense and convolution. The mask is computed once, when
+            training begins; the schedule is not asked.
         scope: `"layer"` gives every kernel the sparsity of the schedule (tfmot). `"global"` compares the magnitudes of
             all kernels in the model that have this schedule and prunes the smallest, wherever they are (the paper).
         **kwargs: Passed to `keras.layers.Layer`.
@@ -192,8 +195,10 @@ class PruneLowMagnitude(layers.Wrapper):
         self.block_pooling_type = block_pooling_type
         self.scope = scope
         self.supports_masking = layer.supports_masking
-        self.pruning_vars: list[tuple[keras.Variable, keras.Variable, keras.Variable]] = []
+        self._masks: list[keras.Variable] = []
+        self._thresholds: list[keras.Variable] = []
         self.step = -1  # `pruning_step` on the host while training; `settle` writes it to the variable
+        self._stored_step = -1  # what this layer last wrote there
         self._is_driven = False  # whether an UpdatePruningStep drives this layer
 
     def build(self, input_shape=None):
@@ -201,11 +206,14 @@ class PruneLowMagnitude(layers.Wrapper):
         for kernel in prunable_weights(self.layer):
             self._check_rank(kernel)
             settings = {"trainable": False, "aggregation": "only_first_replica"}
-            mask = self.add_weight(name="mask", shape=kernel.shape, dtype="bool", initializer="ones", **settings)
-            threshold = self.add_weight(
-                name="threshold", shape=(), dtype=kernel.dtype, initializer="zeros", autocast=False, **settings
+            self._masks.append(
+                self.add_weight(name="mask", shape=kernel.shape, dtype="bool", initializer="ones", **settings)
             )
-            self.pruning_vars.append((kernel, mask, threshold))
+            self._thresholds.append(
+                self.add_weight(
+                    name="threshold", shape=(), dtype=kernel.dtype, initializer="zeros", autocast=False, **settings
+                )
+            )
         self.pruning_step = self.add_weight(
             name="pruning_step",
             shape=(),
@@ -241,6 +249,18 @@ class PruneLowMagnitude(layers.Wrapper):
     def compute_mask(self, inputs, previous_mask=None):
         return self.layer.compute_mask(inputs, previous_mask)
 
+    def compute_output_shape(self, *args, **kwargs):
+        return self.layer.compute_output_shape(*args, **kwargs)
+
+    def compute_output_spec(self, *args, **kwargs):
+        return keras.Operation.compute_output_spec(self, *args, **kwargs)  # by tracing: the shape may be unknown
+
+    @property
+    def pruning_vars(self) -> list[tuple[keras.Variable, keras.Variable, keras.Variable]]:
+        if not self._masks:
+            return []
+        return list(zip(prunable_weights(self.layer), self._masks, self._thresholds, strict=True))
+
     def get_prunable_weights(self) -> list[keras.Variable]:
         """The wrapped layer's kernels, raw: under the mask they may be anything."""
         return [kernel for kernel, _, _ in self.pruning_vars]
@@ -255,8 +275,15 @@ class PruneLowMagnitude(layers.Wrapper):
             return
         for kernel, mask, _ in self.pruning_vars:
             kernel.assign(_masked(kernel, mask))
-        if self._is_driven:
-            self.pruning_step.assign(self.step)
+        self.sync_step()
+        self.pruning_step.assign(self.step)
+        self._stored_step = self.step
+
+    def sync_step(self) -> None:
+        """Takes the step over from the variable if somebody else has written it: weights were loaded or restored."""
+        stored = int(_numpy(self.pruning_step))
+        if stored != self._stored_step:
+            self.step = self._stored_step = stored
 
     def update_masks(self, sparsity: float) -> None:
         """Recomputes the masks of this layer alone, from its raw kernels."""
@@ -280,11 +307,17 @@ class PruneLowMagnitude(layers.Wrapper):
 
     def get_config(self):
         schedule: Any = self.pruning_schedule
+        if getattr(schedule, "__name__", "") == "<lambda>":
+            raise ValueError(
+                f"A lambda cannot be saved. Received: a lambda as pruning_schedule of {self.name!r}. "
+                "Make a function of it with the decorator `keras.saving.register_keras_serializable()`."
+            )
+        config = keras.saving.serialize_keras_object(schedule)
+        if set(config["config"]) == {"class_name", "config"}:  # tfmot's get_config wraps its own
+            config["config"] = config["config"]["config"]
         return {
             **super().get_config(),
-            "pruning_schedule": schedule.get_config()
-            if _is_tfmot(schedule)
-            else keras.saving.serialize_keras_object(schedule),
+            "pruning_schedule": config,
             "block_size": self.block_size,
             "block_pooling_type": self.block_pooling_type,
             "sparsity_m_by_n": self.sparsity_m_by_n,
@@ -294,11 +327,10 @@ class PruneLowMagnitude(layers.Wrapper):
     @classmethod
     def from_config(cls, config, custom_objects=None):
         config = dict(config)
-        schedule = config["pruning_schedule"]
-        if isinstance(schedule, dict) and schedule.get("class_name") in schedules._TFMOT_NAMES:
-            config["pruning_schedule"] = getattr(schedules, schedule["class_name"])(**schedule["config"])
-        else:
-            config["pruning_schedule"] = keras.saving.deserialize_keras_object(schedule, custom_objects)
+        own = {name: getattr(schedules, name) for name in ("ConstantSparsity", "PolynomialDecay")}
+        config["pruning_schedule"] = keras.saving.deserialize_keras_object(
+            config["pruning_schedule"], {**own, **(custom_objects or {})}
+        )
         return super().from_config(config, custom_objects)
 
     def _check_rank(self, kernel) -> None:
@@ -319,7 +351,7 @@ class PruneLowMagnitude(layers.Wrapper):
 def update_global_masks(wrappers: list[PruneLowMagnitude], sparsity: float) -> None:
     """One threshold over the raw kernels of all wrappers, like PyTorch's `global_unstructured` with L1."""
     variables = [each for wrapper in wrappers for each in wrapper.pruning_vars]
-    weights = [_numpy(kernel) for kernel, _, _ in variables]
+    weights = [_numpy(kernel).astype("float32") for kernel, _, _ in variables]
     flat_mask, new_threshold = magnitude_mask(np.concatenate([each.ravel() for each in weights]), sparsity)
     ends = np.cumsum([each.size for each in weights])[:-1]
     for (_, mask, threshold), part in zip(variables, np.split(flat_mask, ends), strict=True):
@@ -377,27 +409,34 @@ def prune_low_magnitude(
         "sparsity_m_by_n": sparsity_m_by_n,
         "scope": scope,
     }
-    if isinstance(to_prune, (list, tuple)):
+    if isinstance(to_prune, PruneLowMagnitude):
+        _warn_of_wrapper(to_prune)
+        return to_prune
+    if not isinstance(to_prune, (list, tuple, keras.Model)):
+        return PruneLowMagnitude(to_prune, **settings, **kwargs)
+    if kwargs:
+        raise TypeError(
+            f"`prune_low_magnitude` passes further arguments to the wrapper of a single layer only. Received: {kwargs} "
+            f"with {type(to_prune).__name__}. Its own arguments are {', '.join(settings)} and pruning_policy."
+        )
+    if not isinstance(to_prune, keras.Model):
         return [
             layer
-            if isinstance(layer, (PruneLowMagnitude, layers.InputLayer)) or not _is_prunable(layer)
+            if isinstance(layer, PruneLowMagnitude) or not _is_prunable(layer)
             else PruneLowMagnitude(layer, **settings)
             for layer in to_prune
         ]
-    if not isinstance(to_prune, keras.Model):
-        return PruneLowMagnitude(to_prune, **settings, **kwargs)
     if pruning_policy is not None:
         pruning_policy.ensure_model_supports_pruning(to_prune)
 
     def prune(layer):
-        if isinstance(layer, PruneLowMagnitude):
-            return _copy(layer)
-        if not _is_prunable(layer):
+        if any(_wrappers(layer)):
+            _warn_of_wrapper(layer)
+        elif not _is_prunable(layer):
             _warn_of_dense_weights(layer)
-            return _copy(layer)
-        if pruning_policy is not None and not pruning_policy.allow_pruning(layer):
-            return _copy(layer)
-        return PruneLowMagnitude(_copy(layer), **settings)
+        elif pruning_policy is None or pruning_policy.allow_pruning(layer):
+            return PruneLowMagnitude(_copy(layer), **settings)
+        return _copy(layer)
 
     pruned = _rebuild(to_prune, prune)
     if not any(_wrappers(pruned)):
@@ -429,7 +468,14 @@ def strip_pruning(model: keras.Model) -> keras.Model:
     """
     if not isinstance(model, keras.Model):
         raise ValueError(f"`strip_pruning` needs a Keras 3 model. Received: {model!r} of type {type(model).__name__}.")
-    return _rebuild(model, lambda layer: _copy(layer.layer if isinstance(layer, PruneLowMagnitude) else layer))
+    copy = _rebuild(model, lambda layer: _copy(layer.layer if isinstance(layer, PruneLowMagnitude) else layer))
+    hidden = [wrapper.path for wrapper in _wrappers(copy)]
+    if hidden:
+        raise ValueError(
+            f"Layers of {model.name!r} hold wrappers of their own, which cannot be taken out of them: {hidden}. "
+            "Make such a layer without them and set its weights, or prune it whole with `get_prunable_weights()`."
+        )
+    return copy
 
 
 def sparsity(model: keras.Layer) -> float:
@@ -450,7 +496,7 @@ def sparsity(model: keras.Layer) -> float:
         >>> kc.sparsity(model)
         1.0
     """
-    kernels = list(_effective_kernels(model))
+    kernels = list(_effective_kernels(model, set()))
     if not kernels:
         raise ValueError(f"{type(model).__name__} {model.name!r} has no prunable kernel, or is not built yet.")
     weights = sum(kernel.size for kernel in kernels)
@@ -481,14 +527,23 @@ class UpdatePruningStep(StepCallback):
 
     def on_train_begin(self, logs=None):
         self._groups: dict[Any, list[PruneLowMagnitude]] = {}
-        self._first: dict[Any, int] = {}
         for wrapper in _wrappers(self.model):
             wrapper._is_driven = True
             if wrapper.built:
-                wrapper.step = int(_numpy(wrapper.pruning_step))
+                wrapper.sync_step()
             self._groups.setdefault(_group(wrapper), []).append(wrapper)
+        if not self._groups:
+            warnings.warn(f"`UpdatePruningStep`: model {self.model.name!r} has no pruned layer to drive.", stacklevel=2)
         self._optimizer_step: int | None = None
         super().on_train_begin(logs)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        super().on_epoch_begin(epoch, logs)
+        self._optimizer_step = self._batches // self._accumulation
+        for wrappers in self._groups.values():
+            for wrapper in wrappers:
+                if wrapper.built:
+                    wrapper.sync_step()  # a callback after this one may have restored weights
 
     def on_step(self, step):
         updates = 0 if self._optimizer_step is None else step - self._optimizer_step
@@ -515,17 +570,12 @@ class UpdatePruningStep(StepCallback):
         """Updates the masks if a scheduled step lies in (last, now]."""
         schedule = wrappers[0].pruning_schedule
         if wrappers[0].sparsity_m_by_n:
-            due = [(0, 0.0)] if last < 0 else []
+            due = (0, 0.0) if last < 0 else None
         else:
-            end_step = getattr(schedule, "end_step", -1)
-            due = []
-            for step in range(last + 1, now + 1):
-                should_prune, target = evaluate(schedule, step)
-                if should_prune or step == end_step:
-                    due.append((step, target))
-        if not due:
+            due = _last_due(schedule, last, now)
+        if due is None:
             return
-        step, target = due[-1]
+        step, target = due
         if not 0 <= target < 1:
             raise ValueError(
                 "A pruning schedule must return a sparsity in [0, 1), a fraction of zeros. "
@@ -539,6 +589,21 @@ class UpdatePruningStep(StepCallback):
                 wrapper.update_masks(target)
         for wrapper in wrappers:
             wrapper.settle()
+
+
+def _last_due(schedule: Any, last: int, now: int) -> tuple[int, float] | None:
+    """The last step in (last, now] at which the schedule prunes or ends, with its sparsity."""
+    end_step = getattr(schedule, "end_step", -1)
+    for step in range(now, last, -1):
+        if type(schedule).__module__.startswith("tensorflow_model_optimization.") and step != end_step:
+            # Asking tfmot costs a fraction of a millisecond each step; the same arithmetic on integers does not.
+            past = step - schedule.begin_step
+            if past < 0 or past % schedule.frequency or 0 <= end_step < step:
+                continue
+        should_prune, sparsity = evaluate(schedule, step)
+        if should_prune or step == end_step:
+            return step, sparsity
+    return None
 
 
 class PruningSummaries(keras.callbacks.TensorBoard):
@@ -611,33 +676,45 @@ def _kernel_names(layer: keras.Layer) -> tuple[str, ...]:
 
 
 def _is_prunable(layer: keras.Layer) -> bool:
-    return (
-        hasattr(layer, "get_prunable_weights")
-        or bool(_kernel_names(layer))
-        or any(_is_prunable(child) for child in _children(layer))
-    )
+    if hasattr(layer, "get_prunable_weights"):
+        return not layer.built or bool(layer.get_prunable_weights())
+    # these write to what a masked kernel stands for, or to state that is no variable of theirs
+    if isinstance(layer, layers.SpectralNormalization) or getattr(layer, "stateful", False):
+        return False
+    return bool(_kernel_names(layer)) or any(_is_prunable(child) for child in _children(layer))
 
 
-def _effective_kernels(layer: keras.Layer) -> Iterator[np.ndarray]:
+def _effective_kernels(layer: keras.Layer, seen: set[int]) -> Iterator[np.ndarray]:
+    """The kernels of a layer and its children, each once, as the forward pass sees them."""
+    if id(layer) in seen:
+        return
+    seen.add(id(layer))
     if isinstance(layer, PruneLowMagnitude):
         yield from layer.effective_weights()
     elif hasattr(layer, "get_prunable_weights") or _kernel_names(layer):
         yield from (_numpy(weight) for weight in prunable_weights(layer))
     else:
         for child in _children(layer):
-            yield from _effective_kernels(child)
+            yield from _effective_kernels(child, seen)
 
 
 def _warn_of_dense_weights(layer: keras.Layer) -> None:
-    if type(layer).__module__.partition(".")[0] in ("keras", "kerascompress"):
-        return
-    dense = [weight.path for weight in layer.trainable_variables if len(weight.shape) > 1]
+    own = type(layer).__module__.partition(".")[0] not in ("keras", "kerascompress")
+    kernels = {name for names in PRUNABLE_KERNELS.values() for name in names}
+    dense = [v.path for v in layer.trainable_variables if len(v.shape) > 1 and (own or v.name in kernels)]
     if dense:
         warnings.warn(
             f"Layer {layer.name!r} of type {type(layer).__name__} stays dense, {dense} included. "
-            "Give it a method `get_prunable_weights()` that returns the variables to prune, or an empty list.",
-            stacklevel=4,
+            "Give a layer of your own a method `get_prunable_weights()` that returns the variables to prune, or [].",
+            stacklevel=5,
         )
+
+
+def _warn_of_wrapper(layer: keras.Layer) -> None:
+    warnings.warn(
+        f"Layer {layer.name!r} is pruned already and keeps its schedule. For another one, use `strip_pruning` first.",
+        stacklevel=5,
+    )
 
 
 def _rebuild(model: keras.Model, replace: Callable[[keras.Layer], keras.Layer]) -> keras.Model:
@@ -668,22 +745,40 @@ def _rebuild(model: keras.Model, replace: Callable[[keras.Layer], keras.Layer]) 
         copy.build(model.input_shape)
     for old, new in replaced:
         _copy_state(old, new)
+    if type(copy) is not type(model):
+        warnings.warn(
+            f"The copy of {model.name!r} is a plain {type(copy).__name__}, no {type(model).__name__}: methods of that "
+            "class, such as a `train_step` of its own, are not there. Wrap its layers where they are made instead.",
+            stacklevel=4,
+        )
     return copy
 
 
 def _copy_state(old: keras.Layer, new: keras.Layer) -> None:
     """Copies the weights of one layer to the other, the masked zeros included, whichever of the two is wrapped."""
-    if isinstance(old, PruneLowMagnitude):
-        old.settle()
-        if not isinstance(new, PruneLowMagnitude):
-            old = old.layer
-    elif isinstance(new, PruneLowMagnitude):
-        new = new.layer
-    if old.built:
+    if new is old or not old.built:
+        return
+    if isinstance(old, PruneLowMagnitude) and isinstance(new, PruneLowMagnitude):
         new.set_weights(old.get_weights())
+        new.settle()
+    elif isinstance(old, PruneLowMagnitude):
+        new.set_weights(old.layer.get_weights())
+        for kernel, weights in zip(prunable_weights(new), old.effective_weights(), strict=True):
+            kernel.assign(weights)
+    else:
+        new = new.layer if isinstance(new, PruneLowMagnitude) else new
+        new.set_weights(old.get_weights())
+    for each in new._flatten_layers():
+        if hasattr(each, "finalize_state"):
+            each.finalize_state()  # adapted preprocessing computes with copies of its weights
 
 
 def _copy(layer: keras.Layer) -> keras.Layer:
+    if layer.built and not layer.variables and not _children(layer):
+        return layer  # nothing to keep apart; and a Lambda or a look-up could not be copied by its config
+    if isinstance(layer, PruneLowMagnitude):
+        settings = ("pruning_schedule", "block_size", "block_pooling_type", "sparsity_m_by_n", "scope", "name")
+        return PruneLowMagnitude(_copy(layer.layer), **{name: getattr(layer, name) for name in settings})
     copy = type(layer).from_config(layer.get_config())
     if layer.built and not copy.built:  # a wrapper knows one input shape; a layer inside may need several (attention)
         copy.build_from_config(layer.get_build_config())
@@ -705,12 +800,8 @@ def _pair(value: Any, name: str) -> tuple[int, int]:
     return pair
 
 
-def _is_tfmot(schedule: Any) -> bool:
-    return type(schedule).__module__.startswith("tensorflow_model_optimization.")
-
-
 def _group(wrapper: PruneLowMagnitude) -> Any:
-    """Wrappers whose masks are updated together: same schedule, scope, and way of pruning."""
+    """Wrappers whose masks are updated together: same schedule, scope, way of pruning, and step."""
     schedule: Any = wrapper.pruning_schedule
-    key = repr(schedule.get_config()) if _is_tfmot(schedule) else id(schedule)
-    return wrapper.scope, wrapper.sparsity_m_by_n is not None, key
+    config = repr(schedule.get_config()) if hasattr(schedule, "get_config") else id(schedule)
+    return type(schedule), config, wrapper.scope, wrapper.sparsity_m_by_n is not None, wrapper.step

@@ -119,17 +119,25 @@ class StepCallback(keras.callbacks.Callback):
         """Called with the optimizer updates done: when training begins, then after every call of the train step."""
 
     def on_train_begin(self, logs=None):
-        self._count_batches()
+        self._uncounted = self._batches_of_epoch = 0
+        self._counted = self._read_batches()
+        self._batches = self._counted
         self.on_step(self._batches // self._accumulation)
 
     def on_epoch_begin(self, epoch, logs=None):
-        self._count_batches()
+        counted = self._read_batches()
+        if counted == self._counted:  # the model is trained by another optimizer than its own, or in a loop without one
+            self._uncounted += self._batches_of_epoch
+        self._counted, self._batches_of_epoch = counted, 0
+        self._batches = counted + self._uncounted
 
     def on_train_batch_end(self, batch, logs=None):
-        self.on_step((self._batches + batch + 1) // self._accumulation)
+        self._batches_of_epoch = batch + 1
+        self.on_step((self._batches + self._batches_of_epoch) // self._accumulation)
 
-    def _count_batches(self) -> None:
-        optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)  # under a loss scale
-        self._accumulation = optimizer.gradient_accumulation_steps or 1
+    def _read_batches(self) -> int:
+        optimizer = getattr(self.model, "optimizer", None)
+        optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # under a loss scale
+        self._accumulation = getattr(optimizer, "gradient_accumulation_steps", None) or 1
         # `iterations` counts updates; this, the batches that were accumulated into them.
-        self._batches = int(keras.ops.convert_to_numpy(optimizer._iterations))
+        return 0 if optimizer is None else int(keras.ops.convert_to_numpy(optimizer._iterations))

@@ -61,7 +61,7 @@ def fit(model, epochs=1, callbacks=(), batch_size=8, count=64):
 
 
 def effective(model) -> np.ndarray:
-    return np.concatenate([each.ravel() for each in pruning._effective_kernels(model)])
+    return np.concatenate([each.ravel() for each in pruning._effective_kernels(model, set())])
 
 
 # --- masks against tfmot ---
@@ -203,7 +203,7 @@ def test_global_masks_equal_numpy_partition_over_all_kernels(p):
     callback = kc.UpdatePruningStep()
     callback.set_model(pruned)
     callback.on_train_begin()
-    for kernel, value in zip(pruning._effective_kernels(pruned), raw, strict=True):
+    for kernel, value in zip(pruning._effective_kernels(pruned, set()), raw, strict=True):
         np.testing.assert_array_equal(kernel, np.where(np.abs(value) >= threshold, value, 0))
     assert abs(kc.sparsity(pruned) - p) <= 1 / magnitudes.size
 
@@ -229,28 +229,31 @@ def test_two_scopes_in_one_model_do_not_mix():
 
 
 class RecordSparsity(keras.callbacks.Callback):
-    """Effective sparsity, and whether every masked weight is exactly zero, after each batch."""
+    """After each batch: the zeros of the masks, and the largest raw weight that hides under one.
+
+    What the pruned model computes must be what plain layers compute whose masked weights are zeroed here, by NumPy.
+    """
 
     def on_train_begin(self, logs=None):
         self.seen = []
+        self.plain = small_net()
 
     def on_train_batch_end(self, batch, logs=None):
-        model = self.model
-        images = data(2)[0]
-        masks = [mask for layer in pruning._wrappers(model) for _, mask, _ in layer.pruning_vars]
-        mask_zeros = sum(int(np.sum(~keras.ops.convert_to_numpy(mask.value))) for mask in masks)
-        kernels = effective(model)
-        # What the layers really compute with: strip makes plain layers of it, whose outputs must be the same.
-        if batch == 5:
-            stripped = kc.strip_pruning(model)
-            assert kc.sparsity(stripped) >= mask_zeros / kernels.size
-            tolerance = 2e-2 if keras.config.dtype_policy().name != "float32" else 1e-5
-            np.testing.assert_allclose(
-                keras.ops.convert_to_numpy(keras.ops.cast(stripped(images, training=False), "float32")),
-                keras.ops.convert_to_numpy(keras.ops.cast(model(images, training=False), "float32")),
-                atol=tolerance,
-            )
-        self.seen.append((kernels.size - np.count_nonzero(kernels), mask_zeros))
+        to_numpy, model, images = keras.ops.convert_to_numpy, self.model, data(4)[0]
+        outputs = to_numpy(keras.ops.cast(model(images, training=False), "float32"))
+        zeros, hidden = 0, 0.0
+        for layer in self.plain.layers:
+            wrappers = [each for each in pruning._wrappers(model) if each.layer.name == layer.name]
+            if not wrappers:
+                layer.set_weights(model.get_layer(layer.name).get_weights())
+                continue
+            layer.set_weights(wrappers[0].layer.get_weights())
+            raw, mask = layer.get_weights()[0], to_numpy(wrappers[0].pruning_vars[0][1].value)
+            layer.set_weights([raw * mask, *layer.get_weights()[1:]])
+            zeros, hidden = zeros + np.sum(~mask), max(hidden, np.abs(raw[~mask]).max(initial=0))
+        expected = to_numpy(keras.ops.cast(self.plain(images, training=False), "float32"))
+        np.testing.assert_allclose(outputs, expected, atol=1e-6)
+        self.seen.append((int(zeros), float(hidden)))
 
 
 @pytest.mark.parametrize(
@@ -271,9 +274,10 @@ def test_after_every_batch_the_effective_kernels_are_exactly_sparse(case):
     record = RecordSparsity()
     fit(pruned, epochs=2 if case != "accumulation" else 4, callbacks=[record])
     size = effective(pruned).size
-    assert all(zeros >= masked > 0 for zeros, masked in record.seen)
-    # the schedule's first sparsity is in force from the first batch on, the last from step 10 on
-    assert record.seen[0][1] >= round(size * 0.2) - 1
+    # the schedule's first sparsity is in force from the first batch on
+    assert record.seen[0][0] >= round(size * 0.2) - 1
+    if case in ("sgd_momentum", "adamw", "jit"):
+        assert max(hidden for _, hidden in record.seen) > 0  # momentum does move raw weights: the masks have work to do
     assert kc.sparsity(pruned) == pytest.approx(0.75, abs=1 / size)
     raw = [keras.ops.convert_to_numpy(weight.value) for weight in pruning.prunable_weights(pruned)]
     assert sum(each.size - np.count_nonzero(each) for each in raw) == size - np.count_nonzero(effective(pruned))
@@ -301,7 +305,7 @@ def test_an_update_is_due_when_a_scheduled_step_lies_since_the_last_call(steps_p
     model = keras.Sequential([keras.Input((20,)), kc.PruneLowMagnitude(layers.Dense(10), schedule)])
     model.compile("sgd", "mse", steps_per_execution=steps_per_execution)
     model.fit(np.ones((24, 20)), np.ones((24, 10)), batch_size=1, verbose=0, callbacks=[kc.UpdatePruningStep()])
-    assert asked == list(range(25))
+    assert {0, 7, 13} <= set(asked) <= set(range(25))
     assert kc.sparsity(model) == pytest.approx(0.75, abs=0.01)
 
 
@@ -310,7 +314,7 @@ def test_one_shot_pruning_prunes_before_the_first_batch():
     record = RecordSparsity()
     fit(pruned, callbacks=[record])
     size = effective(pruned).size
-    assert record.seen[0][1] == pytest.approx(0.6 * size, abs=1)
+    assert record.seen[0][0] == pytest.approx(0.6 * size, abs=1)
 
 
 def test_a_missing_callback_is_an_error_at_the_first_batch_that_says_what_to_add():
@@ -396,6 +400,132 @@ def test_a_registered_function_as_schedule_survives_saving(tmp_path):
     assert loaded.layers[0].pruning_schedule is every_second_step
 
 
+def resumable():
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(1)
+    schedule = kc.PolynomialDecay(initial_sparsity=0.3, final_sparsity=0.7, begin_step=0, end_step=22, frequency=5)
+    return compile_(kc.prune_low_magnitude(small_net(), schedule, scope="global"))
+
+
+def stored_step(model):
+    return int(keras.ops.convert_to_numpy(next(pruning._wrappers(model)).pruning_step))
+
+
+def test_restored_weights_bring_their_step_back(tmp_path):
+    model = resumable()
+    fit(model)
+    model.save_weights(tmp_path / "8.weights.h5")
+    fit(model, epochs=2)
+    assert stored_step(model) == 24
+    model.load_weights(tmp_path / "8.weights.h5")
+    model.save(tmp_path / "8.keras")
+    assert stored_step(keras.models.load_model(tmp_path / "8.keras")) == 8
+    stop = keras.callbacks.EarlyStopping(monitor="loss", mode="max", patience=1, restore_best_weights=True)
+    fit(model, epochs=3, callbacks=[stop])
+    assert stored_step(model) == 8 * (1 + 1 + stop.best_epoch)
+
+
+@pytest.mark.parametrize("backup_first", [False, True])
+def test_backup_and_restore_resumes_bit_identically(tmp_path, backup_first):
+    class Die(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 2:
+                raise KeyboardInterrupt
+
+    def run(*callbacks):
+        model = resumable()
+        model.fit(*data(), batch_size=8, epochs=3, verbose=0, shuffle=False, callbacks=list(callbacks))
+        return model
+
+    def both():
+        pair = [kc.UpdatePruningStep(), keras.callbacks.BackupAndRestore(tmp_path)]
+        return pair[::-1] if backup_first else pair
+
+    whole = run(kc.UpdatePruningStep())
+    with pytest.raises(KeyboardInterrupt):
+        run(*both(), Die())
+    for ours, theirs in zip(run(*both()).get_weights(), whole.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_an_interrupted_fit_keeps_its_step():
+    class Interrupt(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 5:
+                raise KeyboardInterrupt
+
+    model = resumable()
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, callbacks=[Interrupt()])
+    fit(model)
+    assert stored_step(model) == 6 + 8
+
+
+def test_a_layer_frozen_after_pruning_is_saved_and_loaded(tmp_path):
+    pruned = resumable()
+    fit(pruned)
+    pruned.layers[0].trainable = False
+    compile_(pruned)
+    pruned.save(tmp_path / "frozen.keras")
+    loaded = keras.models.load_model(tmp_path / "frozen.keras")
+    np.testing.assert_array_equal(effective(loaded), effective(pruned))
+
+
+def test_a_pruned_model_has_each_kernel_once():
+    dense, pruned = small_net(), kc.prune_low_magnitude(small_net())
+    own = [weight for wrapper in pruning._wrappers(pruned) for weight in wrapper._trainable_variables]
+    assert own == []
+    assert len(pruned.weights) == len(dense.weights) + 3 * 3  # mask, threshold and step of three layers
+
+
+@keras.saving.register_keras_serializable("tests")
+class Steady:
+    """A schedule of one's own, with a config."""
+
+    def __init__(self, p):
+        self.p = p
+
+    def __call__(self, step):
+        return step % 4 == 0, self.p
+
+    def get_config(self):
+        return {"p": self.p}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)
+
+
+def test_a_schedule_object_of_ones_own_stays_global_after_loading(tmp_path):
+    pruned = compile_(kc.prune_low_magnitude(small_net(), Steady(0.4), scope="global"))
+    fit(pruned)
+    pruned.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert len({pruning._group(wrapper) for wrapper in pruning._wrappers(loaded)}) == 1
+
+
+def test_a_subclass_of_tfmots_schedule_survives_saving(tmp_path):
+    @keras.saving.register_keras_serializable("tests")
+    class Mine(kc.schedules.PruningSchedule):
+        def __init__(self, p):
+            self.p = p
+
+        def __call__(self, step):
+            return step == 0, self.p
+
+        def get_config(self):
+            return {"class_name": "Mine", "config": {"p": self.p}}
+
+    kc.prune_low_magnitude(small_net(), Mine(0.25)).save(tmp_path / "model.keras")
+    assert next(pruning._wrappers(keras.models.load_model(tmp_path / "model.keras"))).pruning_schedule.p == 0.25
+
+
+def test_a_lambda_as_schedule_is_refused_when_it_is_saved(tmp_path):
+    pruned = kc.prune_low_magnitude(small_net(), lambda step: (True, 0.5))
+    with pytest.raises(ValueError, match="register_keras_serializable"):
+        pruned.save(tmp_path / "model.keras")
+
+
 # --- models of many kinds ---
 
 
@@ -421,7 +551,7 @@ def test_every_kind_of_layer_prunes_trains_saves_and_strips_in_a_nested_model(tm
     to_numpy = keras.ops.convert_to_numpy
     np.testing.assert_allclose(to_numpy(pruned(tokens)), to_numpy(model(tokens)), atol=1e-6)
     assert float(sum(pruned.losses)) == pytest.approx(float(sum(model.losses)))  # regularisers still count, once
-    assert sum(kernel.size for kernel in pruning._effective_kernels(pruned)) == sum(
+    assert sum(kernel.size for kernel in pruning._effective_kernels(pruned, set())) == sum(
         np.prod(weight.shape)
         for weight in model.trainable_weights
         if len(weight.shape) > 1 and "bias" not in weight.name
@@ -469,6 +599,49 @@ def test_stripping_a_trainer_that_contains_the_pruned_model_works_too():
     fit(trainer)
     assert kc.sparsity(trainer) == kc.sparsity(pruned) == pytest.approx(0.5, abs=0.01)
     assert not list(pruning._wrappers(kc.strip_pruning(trainer)))
+
+
+def test_adapted_and_unsaveable_layers_without_kernels_come_through():
+    inputs = np.random.default_rng(0).normal(10, 5, (16, 8)).astype("float32")
+    adapted = layers.Normalization()
+    adapted.adapt(inputs)
+    model = keras.Sequential([keras.Input((8,)), adapted, layers.Lambda(lambda x: 2 * x), layers.Dense(4)])
+    expected = model.predict(inputs, verbose=0)
+    pruned = kc.prune_low_magnitude(model)
+    np.testing.assert_allclose(pruned.predict(inputs, verbose=0), expected, atol=1e-5)
+    np.testing.assert_allclose(kc.strip_pruning(pruned).predict(inputs, verbose=0), expected, atol=1e-5)
+
+
+def test_strip_leaves_the_pruned_model_as_it_is():
+    pruned = compile_(kc.prune_low_magnitude(small_net(), kc.ConstantSparsity(0.5, 0)))
+    fit(pruned)
+    for weight in pruning.prunable_weights(pruned):
+        weight.assign(np.ones(weight.shape))  # raw weights under the mask, as between two updates
+    before = pruned.get_weights()
+    assert kc.sparsity(kc.strip_pruning(pruned)) == pytest.approx(0.5, abs=0.01)
+    kc.strip_pruning(pruned)
+    for ours, theirs in zip(pruned.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_pruned_layer_works_inside_of_time_distributed():
+    inner = kc.prune_low_magnitude(layers.Dense(3), kc.ConstantSparsity(0.5, 0))
+    model = keras.Sequential([keras.Input((5, 4)), layers.TimeDistributed(inner)])
+    model.compile("sgd", "mse")
+    model.fit(np.ones((8, 5, 4)), np.ones((8, 5, 3)), verbose=0, callbacks=[kc.UpdatePruningStep()])
+    assert kc.sparsity(model) == 0.5
+
+
+def test_pruning_what_is_pruned_keeps_its_schedule_with_a_warning():
+    pruned = kc.prune_low_magnitude(small_net(), kc.ConstantSparsity(0.3, 0))
+    with pytest.warns(UserWarning, match="strip_pruning"):
+        again = kc.prune_low_magnitude(pruned, kc.ConstantSparsity(0.9, 0))
+    assert {wrapper.pruning_schedule.target_sparsity for wrapper in pruning._wrappers(again)} == {0.3}
+
+
+def test_sparsity_zero_keeps_every_weight_of_a_kernel_too_large_for_float32():
+    mask, _ = pruning.magnitude_mask(np.ones(2**24 + 3, "float32"), 0.0)
+    assert mask.all()
 
 
 def test_biases_and_normalisation_are_never_pruned():
@@ -626,6 +799,7 @@ def test_summaries_write_sparsity_and_threshold_of_every_kernel(tmp_path):
         (lambda: kc.strip_pruning(layers.Dense(2)), ValueError, "needs a Keras 3 model"),
         (lambda: kc.sparsity(layers.ReLU()), ValueError, "no prunable kernel"),
         (lambda: kc.PruningSummaries(""), ValueError, "non-empty"),
+        (lambda: kc.prune_low_magnitude(small_net(), schedule=None), TypeError, "schedule"),
     ],
 )
 def test_bad_input_gets_an_error_that_says_what_to_do(make, error, message):
