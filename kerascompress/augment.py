@@ -495,7 +495,8 @@ def _grouped_round(rows, images, op, argument, **outside):
     matrices = _matrices(rows, kops.take(place, order), argument, height, width)
 
     def chunk_of(values, start):
-        return kops.slice(values, (start, *[0] * (len(values.shape) - 1)), (_CHUNK, *kops.shape(values)[1:]))
+        # a gather, as TensorFlow would compile a slice anew for every start
+        return image_ops.gather(values, start + kops.arange(_CHUNK, dtype="int32"))
 
     def walk(stretches, branches, inputs, output):
         """Fills the places of every stretch of rows, (first, last), with what its branch makes of the images there."""
@@ -505,7 +506,6 @@ def _grouped_round(rows, images, op, argument, **outside):
 
         def body(step, output):
             stretch = kops.sum(kops.cast(step >= done, "int32"))
-            # `take`, as TensorFlow would compile anew for every value of a computed index in brackets
             start = kops.take(first, stretch) + (step - kops.take(done - chunks, stretch)) * _CHUNK
             # what a branch reads must be in memory before it begins, or compilers slice it anew for every pixel
             chunk = image_ops.gather(images, chunk_of(order, start))
