@@ -96,7 +96,7 @@ def main():
             times[name].append(window(*contestant))
 
     print(
-        f"ResNet-20, batch {options.batch_size}, {keras.backend.backend()}, {os.cpu_count()} cores; milliseconds a step,"
+        f"ResNet-20, batch {options.batch_size}, {keras.backend.backend()}, {os.cpu_count()} cores; ms a step,"
     )
     print(f"median of {options.repetitions} windows of {options.steps} steps (least, most)\n")
     print("| arm | ms a step | over dense |\n|---|---|---|")

@@ -136,7 +136,7 @@ class PruneLowMagnitude(layers.Wrapper):
     Example:
         >>> import keras, kerascompress as kc
         >>> model = keras.Sequential([keras.Input((8,)), kc.PruneLowMagnitude(keras.layers.Dense(4))])
-        >>> [(kernel.shape, mask.shape) for kernel, mask, _ in model.layers[0].pruning_vars]
+        >>> [(tuple(kernel.shape), tuple(mask.shape)) for kernel, mask, _ in model.layers[0].pruning_vars]
         [((8, 4), (8, 4))]
 
     Reference:
@@ -397,7 +397,7 @@ def prune_low_magnitude(
         ...     dense, pruning_schedule=kc.ConstantSparsity(0.5, begin_step=0), scope="global"
         ... )
         >>> [layer.name.startswith("prune_low_magnitude") for layer in pruned.layers]
-        [True, False]
+        [True, False, True]
 
     Reference:
         TensorFlow Model Optimization's `tfmot.sparsity.keras.prune_low_magnitude`.
@@ -500,7 +500,7 @@ def sparsity(model: keras.Layer) -> float:
     if not kernels:
         raise ValueError(f"{type(model).__name__} {model.name!r} has no prunable kernel, or is not built yet.")
     weights = sum(kernel.size for kernel in kernels)
-    return (weights - sum(np.count_nonzero(kernel) for kernel in kernels)) / weights
+    return float((weights - sum(np.count_nonzero(kernel) for kernel in kernels)) / weights)
 
 
 # --- callbacks ---
