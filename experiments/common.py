@@ -66,6 +66,12 @@ flags.DEFINE_string(
     None,
     "Folder in which runs keep their state, so that a killed one continues. Default: experiments/checkpoints/.",
 )
+flags.DEFINE_enum(
+    "augmenter",
+    "kerascompress",
+    ["kerascompress", "keras_cv"],
+    "Whose RandAugment: kerascompress.RandAugment, or keras-cv's, for colour images on the TensorFlow backend.",
+)
 flags.DEFINE_string("out", None, "File for the figure (PNG). Default: the file of rows, ending in .png.")
 flags.DEFINE_boolean(
     "smoke",
@@ -90,6 +96,10 @@ class Run:
     learning_rate: float
     train_images: int | None  # None is all
     smoke: bool
+    augmenter: str
+
+
+BEFORE = {"augmenter": "kerascompress"}  # what held before a field of the key came in: older rows and folders lack it
 
 
 class Study:
@@ -101,7 +111,7 @@ class Study:
         self.settings = {
             name: value if FLAGS[name].value is None else FLAGS[name].value for name, value in settings.items()
         }
-        self.settings |= {"figure": figure, "dataset": FLAGS.dataset, "smoke": FLAGS.smoke}
+        self.settings |= {"figure": figure} | {name: FLAGS[name].value for name in ("dataset", "smoke", "augmenter")}
         self.seeds = [0] if FLAGS.smoke and FLAGS["seeds"].using_default_value else [int(seed) for seed in FLAGS.seeds]
         name = f"{figure}_{FLAGS.dataset}{'_smoke' if FLAGS.smoke else ''}.jsonl"
         self.results = pathlib.Path(FLAGS.results or HERE / "results" / name)
@@ -133,18 +143,21 @@ class Study:
 
     def row(self, run):
         """Returns the row of a finished run, or None."""
-        return next((row for row in self.rows if dataclasses.asdict(run).items() <= row.items()), None)
+        return next((row for row in self.rows if dataclasses.asdict(run).items() <= (BEFORE | row).items()), None)
 
     def record(self, run, result):
         """Appends the row of a run that has just finished."""
         counts = {name: len(getattr(self.data, name)[1]) for name in ("train", "validation", "test")}
         row = dataclasses.asdict(run) | result | {"images": counts} | provenance()
-        append_row(self.results, row)
-        self.rows.append(row)
+        self.rows = read_rows(self.results)
+        if not self.row(run):  # another process may have done it in the meantime
+            append_row(self.results, row)
+            self.rows.append(row)
 
     def folder(self, run):
         """Where the checkpoint of a run lies: a folder of its own."""
-        return self.checkpoints / ",".join(f"{name}={value}" for name, value in dataclasses.asdict(run).items())
+        key = {name: value for name, value in dataclasses.asdict(run).items() if BEFORE.get(name) != value}
+        return self.checkpoints / ",".join(f"{name}={value}" for name, value in key.items())
 
     def build_model(self, seed):
         depth, width = check_model(self.settings["model"])
@@ -173,6 +186,15 @@ def base_augmentation(data, crop_seed, flip_seed):
     """The paper's random crop, by an eighth of the side (4 pixels of 32), and its horizontal flip."""
     crop = kc.RandomCrop(padding=data.input_shape[0] // 8, fill_value=data.fill_value, seed=crop_seed)
     return [crop, keras.layers.RandomFlip("horizontal", seed=flip_seed)] if data.flip else [crop]
+
+
+def rand_augment(run, seed):
+    """RandAugment with two operations at the magnitude of a run, which is live."""
+    if run.augmenter == "kerascompress":
+        return kc.RandAugment(magnitude=run.magnitude, num_ops=2, seed=seed)
+    from kerascompress import keras_cv
+
+    return keras_cv.RandAugment((0, 255), augmentations_per_image=2, magnitude=run.magnitude, seed=seed)
 
 
 def learning_rate(epoch, epochs, initial):

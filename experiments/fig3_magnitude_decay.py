@@ -64,7 +64,7 @@ def stage(study, run, sparsities, progress):
 
     index = sparsities.index(run.sparsity)
     *base_seeds, seed = common.layer_seeds(run, 3)
-    augment = kc.RandAugment(magnitude=run.magnitude, num_ops=2, seed=seed) if run.magnitude is not None else None
+    augment = common.rand_augment(run, seed) if run.magnitude is not None else None
     callbacks, ramp = [], 0
     if index:
         before = dataclasses.replace(

@@ -22,7 +22,7 @@ flags.DEFINE_enum(
     ["test_last", "test_best", "validation_last", "validation_best"],
     "Accuracy to show: of the last epoch, or of the epoch that is best on the validation images.",
 )
-SETTING = ("dataset", "model", "train_images", "epochs", "batch_size", "learning_rate", "smoke")
+SETTING = ("dataset", "model", "train_images", "epochs", "batch_size", "learning_rate", "smoke", "augmenter")
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the marker says it again.
 STYLES = [("#999999", "s"), ("#56B4E9", "o"), ("#009E73", "^"), ("#E69F00", "v"), ("#D55E00", "D"), ("#0072B2", "*")]
 
@@ -31,13 +31,14 @@ def settings(rows):
     """Returns `{setting: rows}`: only rows of one setting can be compared."""
     grouped = collections.defaultdict(list)
     for row in rows:
-        grouped[tuple(row[name] for name in SETTING)].append(row)
+        grouped[tuple((common.BEFORE | row)[name] for name in SETTING)].append(row)
     return grouped
 
 
 def title(rows):
     row = rows[0]
-    return f"{row['model']}, {row['dataset']}, {row['images']['train']:,} images, {row['epochs']} epochs a stage"
+    of = ", keras-cv's RandAugment" if row.get("augmenter") == "keras_cv" else ""
+    return f"{row['model']}, {row['dataset']}, {row['images']['train']:,} images, {row['epochs']} epochs a stage{of}"
 
 
 def statistics(rows, accuracy):
