@@ -1,5 +1,6 @@
 """The experiment scripts: what a run leaves, and what survives a crash."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -7,6 +8,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -218,3 +220,17 @@ def test_every_flag_of_the_script_and_of_all_scripts_is_explained():
     shown = {flag.name: flag.help for flag in flags.FLAGS.get_key_flags_for_module(fig3)}
     assert {"dataset", "data_dir", "epochs", "seeds", "results", "checkpoints", "smoke", "export"} <= shown.keys()
     assert all(len(explanation) > 20 for explanation in shown.values())
+
+
+def test_rows_and_folders_from_before_the_choice_of_augmenter_still_count(tmp_path):
+    names = [field.name for field in dataclasses.fields(common.Run)]
+    ours = common.Run(**dict.fromkeys(names, 0) | {"augmenter": "kerascompress"})
+    theirs = dataclasses.replace(ours, augmenter="keras_cv")
+    old = {name: 0 for name in names if name != "augmenter"}
+    study = types.SimpleNamespace(rows=[old], checkpoints=tmp_path)
+    assert common.Study.row(study, ours) == old
+    assert common.Study.row(study, theirs) is None
+    assert common.Study.folder(study, ours).name == ",".join(f"{name}=0" for name in old)
+    assert common.Study.folder(study, theirs).name.endswith(",augmenter=keras_cv")
+    settings = plot.settings([old, dataclasses.asdict(ours), dataclasses.asdict(theirs)])
+    assert [len(rows) for rows in settings.values()] == [2, 1]
