@@ -95,9 +95,7 @@ def main():
         for name, contestant in contestants.items():
             times[name].append(window(*contestant))
 
-    print(
-        f"ResNet-20, batch {options.batch_size}, {keras.backend.backend()}, {os.cpu_count()} cores; ms a step,"
-    )
+    print(f"ResNet-20, batch {options.batch_size}, {keras.backend.backend()}, {os.cpu_count()} cores; ms a step,")
     print(f"median of {options.repetitions} windows of {options.steps} steps (least, most)\n")
     print("| arm | ms a step | over dense |\n|---|---|---|")
     for name, values in times.items():
