@@ -19,6 +19,7 @@ from kerascompress.pruning import (
     strip_pruning,
 )
 from kerascompress.schedules import SparsityLinkedMagnitude
+from kerascompress.schemes import baseline_a, baseline_b, discard, extend, inherit
 
 __all__ = [
     "ConstantSparsity",
@@ -30,8 +31,13 @@ __all__ = [
     "RandomCrop",
     "SparsityLinkedMagnitude",
     "UpdatePruningStep",
+    "baseline_a",
+    "baseline_b",
+    "discard",
     "export_litert",
     "export_saved_model",
+    "extend",
+    "inherit",
     "models",
     "prune_low_magnitude",
     "sparsity",

@@ -1,0 +1,308 @@
+"""Schemes that let a small network inherit strong augmentation, and two ways to be large for a while.
+
+A network is large before it is pruned (Figure 4), or while further blocks stand behind its stages (Figure 6): the same
+three schemes, `shrink` being `prune_low_magnitude` or `discard`.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from kerascompress import pruning
+from kerascompress.models.resnet import basic_block
+
+Fit = Callable[[keras.Model, float | None], Any]  # fit(model, magnitude); None is no RandAugment
+Shrink = Callable[[keras.Model], keras.Model]
+
+# Between these two layers stands what `extend` adds and `discard` takes away. They change nothing themselves.
+BEGIN, END = "extra_blocks_begin", "extra_blocks_end"
+
+
+# --- schemes ---
+
+
+def inherit(large: keras.Model, *, shrink: Shrink, fit: Fit, strong: float | None, weak: float | None) -> keras.Model:
+    """The large network learns strong augmentation; the small one inherits it.
+
+    Args:
+        large: The network that has more weights for now: dense, or extended.
+        shrink: `shrink(large)` returns the small network with the weights of the large one: prunes it, or is `discard`.
+        fit: `fit(model, magnitude)` trains a model with RandAugment at that magnitude; `None` is without RandAugment.
+        strong: First magnitude, in [0, 30].
+        weak: Second magnitude, in [0, 30], the optimum of the small network.
+
+    Returns:
+        What `shrink` returned, trained.
+
+    Example:
+        >>> import kerascompress as kc
+        >>> def fit(model, magnitude):
+        ...     print(f"{model.count_params()} weights at M = {magnitude}")
+        >>> large = kc.extend(kc.models.resnet(8, 10), extra_blocks=3)
+        >>> small = kc.inherit(large, shrink=kc.discard, fit=fit, strong=14, weak=4)
+        301434 weights at M = 14
+        78714 weights at M = 4
+
+    Reference:
+        Yu, Zhang, Ma, "Revisiting Data Augmentation in Model Compression", Section IV-C, Figures 4, 5 and 6.
+    """
+    fit(large, strong)
+    small = shrink(large)
+    fit(small, weak)
+    return small
+
+
+def baseline_a(
+    large: keras.Model, *, shrink: Shrink, fit: Fit, strong: float | None, weak: float | None
+) -> keras.Model:
+    """Baseline-A: the small network has to learn strong augmentation by itself, then goes on with a weak one.
+
+    The large network is not trained here. For Figure 4 it has been trained without RandAugment before, `fit(dense,
+    None)`, so that there is something to prune. For Figure 6 it is new, and `discard` returns the small network with
+    the initial weights that it has in the other schemes.
+
+    Args:
+        large, shrink, fit, strong, weak: See `inherit`.
+
+    Returns:
+        What `shrink` returned, trained.
+
+    Example:
+        >>> import kerascompress as kc
+        >>> def fit(model, magnitude):
+        ...     print(f"{model.count_params()} weights at M = {magnitude}")
+        >>> large = kc.extend(kc.models.resnet(8, 10), extra_blocks=3)
+        >>> small = kc.baseline_a(large, shrink=kc.discard, fit=fit, strong=14, weak=4)
+        78714 weights at M = 14
+        78714 weights at M = 4
+
+    Reference:
+        Yu, Zhang, Ma, "Revisiting Data Augmentation in Model Compression", Section IV-C, Figures 4 and 6.
+    """
+    small = shrink(large)
+    fit(small, strong)
+    fit(small, weak)
+    return small
+
+
+def baseline_b(large: keras.Model, *, shrink: Shrink, fit: Fit, weak: float | None, strong: Any = None) -> keras.Model:
+    """Baseline-B: as `inherit`, but the large network learns the weak augmentation too.
+
+    Args:
+        large, shrink, fit, weak: See `inherit`.
+        strong: Not used; it is here so that the three schemes can be called alike.
+
+    Returns:
+        What `shrink` returned, trained.
+
+    Example:
+        >>> import kerascompress as kc
+        >>> def fit(model, magnitude):
+        ...     print(f"{model.count_params()} weights at M = {magnitude}")
+        >>> large = kc.extend(kc.models.resnet(8, 10), extra_blocks=3)
+        >>> small = kc.baseline_b(large, shrink=kc.discard, fit=fit, weak=4)
+        301434 weights at M = 4
+        78714 weights at M = 4
+
+    Reference:
+        Yu, Zhang, Ma, "Revisiting Data Augmentation in Model Compression", Section IV-C, Figures 4 and 6.
+    """
+    return inherit(large, shrink=shrink, fit=fit, strong=weak, weak=weak)
+
+
+# --- further blocks ---
+
+
+def extend(
+    model: keras.Model,
+    extra_blocks: int,
+    *,
+    features: str | None = None,
+    block: Callable[..., Any] | None = None,
+    seed: int | None = None,
+) -> keras.Model:
+    """Attaches further blocks behind the last stage of a network: ResNet-20 with 10 blocks is "ResNet20+20".
+
+    Args:
+        model: A Functional or Sequential model, with an input shape. It is left as it is.
+        extra_blocks: How many, at least 1. In a ResNet or a ShuffleNetV2 they are as wide as the last stage.
+        features: Name of the layer behind which they are attached. By default the end of the stages, which are the
+            input of the layer "head" or else "pool", as in the networks of `kerascompress.models`.
+        block: Builds one block: `block(x, filters, *, name, weight_decay, seed)` returns a tensor of the shape of `x`,
+            whose channels `filters` are. By default the network's own, and a residual block of two 3x3 convolutions
+            where the network is none of ours.
+        seed: Makes the initial weights of the new blocks reproducible.
+
+    Returns:
+        A new, uncompiled Functional model. The layers of `model` keep their names and weights; weight decay is theirs.
+
+    Raises:
+        ValueError: If the model is subclassed, pruned or extended already, if it has no such layer, or if a block
+            changes the shape.
+
+    Example:
+        >>> import kerascompress as kc
+        >>> large = kc.extend(kc.models.resnet20(100), extra_blocks=10)
+        >>> large.count_params() - kc.models.resnet20(100).count_params()
+        742400
+
+    Reference:
+        Yu, Zhang, Ma, "Revisiting Data Augmentation in Model Compression", Section IV-C2, Figure 5 (b).
+    """
+    _check_model(model, "extend")
+    if not isinstance(extra_blocks, int) or extra_blocks < 1:
+        raise ValueError(f"`extra_blocks` must be a whole number of at least 1. Received: extra_blocks={extra_blocks}.")
+    if any(pruning._wrappers(model)):
+        raise ValueError(
+            f"`extend` comes before pruning. Received: {model.name!r} with pruned layers. "
+            "Pass the dense model, or `strip_pruning(model)`."
+        )
+    names = [layer.name for layer in model.layers]
+    if END in names:
+        raise ValueError(
+            f"Model {model.name!r} has extra blocks already. For another number of them, use `discard` first."
+        )
+    behind = next((name for name in ("head", "pool") if name in names), None) if features is None else None
+    if behind is None and features not in names:
+        raise ValueError(
+            "`features` must be the name of the layer behind which the blocks are to stand; without it, the model "
+            f"needs a layer 'head' or 'pool' that follows them. Received: features={features!r} for {model.name!r} "
+            f"with the layers {names}. If the network is one of these layers, extend that one and put it back."
+        )
+    weight_decay = _weight_decay(model)
+    inputs: list[Any] = []
+
+    def append(x):
+        inputs.append(x)
+        if len(inputs) > 1 or not isinstance(x, keras.KerasTensor):
+            raise ValueError(
+                "`extend` needs a place that one tensor passes once. "
+                f"Received: {features or behind!r} of {model.name!r}, {len(inputs)} times, with {x}."
+            )
+        build = block or _block_before(x)
+        extended = keras.layers.Identity(name=BEGIN)(x)
+        for index in range(extra_blocks):
+            name = f"extra_block{index}"
+            extended = build(extended, x.shape[-1], name=name, weight_decay=weight_decay, seed=seed)
+        if extended.shape != x.shape:
+            raise ValueError(
+                "A block must return the shape that it got, or the classifier could not stay when it is discarded. "
+                f"Received: {tuple(extended.shape)} from {tuple(x.shape)}, channels last."
+            )
+        return keras.layers.Identity(name=END)(extended)
+
+    def call(_, layer, *args, **kwargs):
+        if layer.name == behind:
+            return layer(append(args[0]), *args[1:], **kwargs)
+        outputs = layer(*args, **kwargs)
+        return append(outputs) if layer.name == features else outputs
+
+    return _rebuild(model, call)
+
+
+def discard(model: keras.Model) -> keras.Model:
+    """Takes the extra blocks away again: the small network, with the weights that it has learned with them.
+
+    Args:
+        model: A model from `extend`, trained, loaded or pruned since. It is left as it is.
+
+    Returns:
+        A new, uncompiled Functional model with the layers, names and order that it had before `extend`. Its classifier
+        stays too; only the retraining fits it to the features that it gets now.
+
+    Raises:
+        ValueError: If the model has no extra blocks.
+
+    Example:
+        >>> import kerascompress as kc
+        >>> small = kc.models.resnet(8, 10)
+        >>> kc.discard(kc.extend(small, extra_blocks=3)).get_config() == small.get_config()
+        True
+
+    Reference:
+        Yu, Zhang, Ma, "Revisiting Data Augmentation in Model Compression", Section IV-C2, Figure 5 (b).
+    """
+    _check_model(model, "discard")
+    if END not in [layer.name for layer in model.layers]:
+        raise ValueError(
+            f"Model {model.name!r} has no extra blocks to discard. Received: the layers "
+            f"{[layer.name for layer in model.layers]}. If one of them is the extended network, pass that one."
+        )
+    hole = keras.KerasTensor((), name="hole")  # stands for whatever lies between the two ends
+    kept: list[Any] = []
+
+    def call(old, layer, *args, **kwargs):
+        if old.name == BEGIN:
+            kept.append(args[0])
+            return hole
+        if all(each is not hole for each in keras.tree.flatten((args, kwargs))):
+            return layer(*args, **kwargs)
+        return kept[0] if old.name == END else [hole] * len(keras.tree.flatten(old.output))
+
+    return _rebuild(model, call)
+
+
+# --- helpers ---
+
+
+def _block_before(x) -> Callable[..., Any]:
+    """The builder of the blocks whose output `x` is."""
+    return basic_block
+
+
+def _weight_decay(model: keras.Model) -> float | None:
+    penalties = [getattr(getattr(layer, "kernel_regularizer", None), "l2", 0) for layer in model._flatten_layers()]
+    return next((2 * float(penalty) for penalty in penalties if penalty), None)
+
+
+def _check_model(model: Any, function: str) -> None:
+    if not isinstance(model, keras.Model) or not (hasattr(model, "operations") or isinstance(model, keras.Sequential)):
+        raise ValueError(
+            f"`{function}` needs a Functional or Sequential model: of any other, the order of the layers is not known. "
+            f"Received: {model!r} of type {type(model).__name__}. Use the Functional API for the network itself; a "
+            "subclassed model may hold it."
+        )
+    if not model.built:
+        raise ValueError(
+            f"`{function}` needs a model with an input shape. Received: {model.name!r}, which is not built. "
+            "Begin it with `keras.Input(shape)`."
+        )
+
+
+def _rebuild(model: keras.Model, call: Callable[..., Any]) -> keras.Model:
+    """A copy of `model`, its weights included, in which `call(old, layer, ...)` stands for each call of a layer."""
+    copies: list[tuple[keras.Layer, keras.Layer]] = []
+
+    def clone(layer):
+        if isinstance(layer, keras.Layer):
+            copies.append((layer, _copy(layer)))
+            return copies[-1][1]
+        return layer  # a `keras.ops` node: no state
+
+    def call_copy(layer, *args, **kwargs):
+        return call(next((old for old, new in copies if new is layer), layer), layer, *args, **kwargs)
+
+    # The same graph as a model that is not compiled: the copy of a compiled one would be compiled too.
+    graph = keras.Model(model.input, model.output, name=model.name)
+    copy = keras.models.clone_model(graph, clone_function=clone, call_function=call_copy)
+    for old, new in copies:
+        if new.built:
+            pruning._copy_state(old, new)
+    if type(copy) is not type(model) and not isinstance(model, keras.Sequential):
+        warnings.warn(
+            f"The copy of {model.name!r} is a plain {type(copy).__name__}, no {type(model).__name__}: methods of that "
+            "class, such as a `train_step` of its own, are not there.",
+            stacklevel=3,
+        )
+    return copy
+
+
+def _copy(layer: keras.Layer) -> keras.Layer:
+    if isinstance(layer, keras.Model):
+        return pruning._rebuild(layer, pruning._copy)
+    module = type(layer).__module__
+    if module.startswith("keras.src.layers.") and "preprocessing" not in module and "lambda" not in module:
+        return type(layer).from_config(layer.get_config())
+    return pruning._copy(layer)  # which shares what has no weights: `layer.output` would be that of the first model
