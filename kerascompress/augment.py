@@ -228,12 +228,18 @@ class RandAugment(_Augmentation):
         return self._augment(images, training, lambda batch: self._augment_batch(batch, magnitude))
 
     def _augment_batch(self, images, magnitude):
-        values, restore = self._to_bytes(images)
-        op, sign, magnitude = self.draw(kops.shape(values)[0], magnitude)
+        op, sign, magnitude = self.draw(kops.shape(images)[0], magnitude)
         argument = _take([row.argument / 30 for row in self.ops], op) * magnitude
         argument = argument * kops.where(_take([float(row.signed) for row in self.ops], op) > 0, sign, 1.0)
-        values = apply(self.ops, values, op, argument, fill_value=self.fill_value, interpolation=self.interpolation)
-        return restore(values)
+        return apply(
+            self.ops,
+            images,
+            op,
+            argument,
+            value_range=self.value_range,
+            fill_value=self.fill_value,
+            interpolation=self.interpolation,
+        )
 
     def draw(self, batch, magnitude=None):
         """Draws for a batch: the rows of `ops` and the signs, `(num_ops, batch)`, and the magnitudes, `(batch,)`."""
@@ -246,25 +252,6 @@ class RandAugment(_Augmentation):
         elif magnitude is None:
             magnitude = self.magnitude
         return op, sign, kops.broadcast_to(kops.cast(magnitude, "float32"), (batch,))
-
-    def _to_bytes(self, images):
-        """The images on the 0..255 grid as uint8, and the function that leads back."""
-        dtype = keras.backend.standardize_dtype(images.dtype)
-        black, white = self.value_range
-        if dtype == "uint8" and self.value_range == (0, 255):
-            return images, lambda values: values
-        if "float" not in dtype:
-            raise ValueError(
-                f"RandAugment needs float images, or uint8 with value_range=(0, 255). Received: {dtype} images with "
-                f"value_range={self.value_range}."
-            )
-        step = (white - black) / 255.0
-        levels = (kops.cast(images, "float32") - black) / step
-
-        def restore(values):
-            return kops.cast(kops.cast(values, "float32") * step + black, dtype)
-
-        return image_ops.to_bytes(kops.round(levels)), restore
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -388,38 +375,71 @@ class MagnitudeScheduler(StepCallback):
             self._assigned = magnitude
 
 
-def apply(rows: Sequence[Op], images, op, argument, *, fill_value: float = 0, interpolation: str = "nearest"):
+def apply(
+    rows: Sequence[Op],
+    images,
+    op,
+    argument,
+    *,
+    value_range: tuple[float, float] = (0, 255),
+    fill_value: float = 0,
+    interpolation: str = "nearest",
+):
     """Applies to every image the rows that it drew, one after the other.
 
     Args:
         rows: The table.
-        images: uint8 `(batch, height, width, channels)`.
+        images: `(batch, height, width, channels)`, float, or uint8 if `value_range` is (0, 255).
         op: int32 `(num_ops, batch)`, indices into `rows`.
         argument: float32 `(num_ops, batch)`, in the units of the rows.
-        fill_value: See `RandAugment`.
-        interpolation: See `RandAugment`.
+        value_range: See `RandAugment`, as for the other arguments.
+        fill_value: See there.
+        interpolation: See there.
 
     Returns:
-        uint8 `(batch, height, width, channels)`.
+        The images, in the same shape, dtype and range.
     """
+    dtype = keras.backend.standardize_dtype(images.dtype)
+    if "float" not in dtype and (dtype != "uint8" or tuple(value_range) != (0, 255)):
+        raise ValueError(
+            f"RandAugment needs float images, or uint8 with value_range=(0, 255). Received: {dtype} images with "
+            f"value_range={value_range}."
+        )
     run = _engine(
-        keras.backend.backend(), tuple(rows), tuple(images.shape), op.shape[0], fill_value, interpolation, _on_cpu()
+        keras.backend.backend(),
+        _on_cpu(),
+        tuple(rows),
+        tuple(images.shape),
+        dtype,
+        op.shape[0],
+        tuple(value_range),
+        fill_value=fill_value,
+        interpolation=interpolation,
     )
     return run(images, op, argument)
 
 
 @functools.lru_cache
-def _engine(backend, rows, shape, num_ops, fill_value, interpolation, on_cpu):
+def _engine(backend, on_cpu, rows, shape, dtype, num_ops, value_range, **outside):
     """`apply`, compiled by XLA wherever it is called from: its kernels are several times faster than TensorFlow's."""
     compiled = backend == "jax" or (backend == "tensorflow" and None not in shape[1:])
-    one_round = _single_round if shape[0] == 1 else _grouped_round if compiled and on_cpu else _fused_round
+    grouped = compiled and on_cpu and shape[0] != 1
+    one_round = _single_round if shape[0] == 1 else _grouped_round if grouped else _fused_round
+    black, white = value_range
+    step = (white - black) / 255.0
 
     def run(images, op, argument):
-        def step(k, images):
-            return one_round(rows, images, op[k], argument[k], fill_value=fill_value, interpolation=interpolation)
-
+        if dtype != "uint8":
+            images = image_ops.to_bytes(kops.round((kops.cast(images, "float32") - black) / step))
+        if grouped:
+            images = kops.pad(images, ((0, 1), (0, 0), (0, 0), (0, 0)))
         # a loop, so that a round ends in memory: compilers would repeat the first for every pixel that the second reads
-        return kops.fori_loop(0, num_ops, step, images)
+        images = kops.fori_loop(
+            0, num_ops, lambda k, images: one_round(rows, images, op[k], argument[k], **outside), images
+        )
+        if grouped:
+            images = images[:-1]
+        return images if dtype == "uint8" else kops.cast(kops.cast(images, "float32") * step + black, dtype)
 
     if backend == "jax":
         import jax
@@ -429,8 +449,8 @@ def _engine(backend, rows, shape, num_ops, fill_value, interpolation, on_cpu):
         import tensorflow as tf
 
         batch = shape[0] if shape[0] == 1 else None  # one trace for batches of all sizes
-        per_image = [tf.TensorSpec((num_ops, batch), dtype) for dtype in (tf.int32, tf.float32)]
-        signature = [tf.TensorSpec((batch, *shape[1:]), tf.uint8), *per_image]
+        per_image = [tf.TensorSpec((num_ops, batch), kind) for kind in (tf.int32, tf.float32)]
+        signature = [tf.TensorSpec((batch, *shape[1:]), dtype), *per_image]
         return tf.function(run, jit_compile=True, autograph=False, input_signature=signature)
     return run
 
@@ -478,41 +498,39 @@ _CHUNK = 4
 
 
 def _grouped_round(rows, images, op, argument, **outside):
-    """For processors: chunk by chunk in the order of what was drawn, so that an image pays for its own operation only.
+    """For processors: in chunks of what was drawn, so that an image pays for its own operation only.
 
-    Shapes stay static, as compilers want them: the last chunk of an operation reaches into the images of the next one,
-    which overwrites them, and that of the last operation into padding.
+    Shapes stay static, as compilers want them: where an operation has no more images, its last chunk takes a spare one,
+    the last of `images`.
     """
-    batch, height, width, channels = kops.shape(images)
+    spare, height, width, channels = kops.shape(images)
+    spare = spare - 1
     in_order = sorted(range(len(rows)), key=lambda i: _KINDS.index(rows[i].kind))
     rows = [rows[i] for i in in_order]
     place = kops.take(np.argsort(in_order).astype("int32"), op)
     starts = kops.sum(kops.cast(place[None, :] < np.arange(len(rows) + 1, dtype="int32")[:, None], "int32"), axis=1)
-    order = kops.cast(kops.argsort(place), "int32")
-    inverse = kops.cast(kops.argsort(order), "int32")
-    order = kops.pad(order, (0, _CHUNK))
+    order = kops.pad(kops.cast(kops.argsort(place), "int32"), (0, _CHUNK))
     argument = kops.take(argument, order)
     matrices = _matrices(rows, kops.take(place, order), argument, height, width)
 
-    def chunk_of(values, start):
-        # a gather, as TensorFlow would compile a slice anew for every start
-        return image_ops.gather(values, start + kops.arange(_CHUNK, dtype="int32"))
-
-    def walk(stretches, branches, inputs, output):
-        """Fills the places of every stretch of rows, (first, last), with what its branch makes of the images there."""
+    def walk(stretches, branches, images, inputs, update, state):
+        """Updates the state with what its branch makes of the images of every stretch of rows, (first, last)."""
         first, last = (kops.take(starts, np.array(bound, "int32")) for bound in zip(*stretches, strict=True))
         chunks = (last - first + (_CHUNK - 1)) // _CHUNK
         done = kops.cumsum(chunks)
 
-        def body(step, output):
+        def body(step, state):
             stretch = kops.sum(kops.cast(step >= done, "int32"))
             start = kops.take(first, stretch) + (step - kops.take(done - chunks, stretch)) * _CHUNK
-            # what a branch reads must be in memory before it begins, or compilers slice it anew for every pixel
-            chunk = image_ops.gather(images, chunk_of(order, start))
-            made = kops.switch(stretch, branches, chunk, *(chunk_of(each, start) for each in inputs))
-            return step + 1, kops.slice_update(output, (start, *[0] * (len(output.shape) - 1)), made)
+            # gathers, as TensorFlow would compile a slice anew for every start; before the branch, as compilers would
+            # read for every pixel anew what is not in memory when it begins
+            places = start + kops.arange(_CHUNK, dtype="int32")
+            index = kops.where(places < kops.take(last, stretch), image_ops.gather(order, places), spare)
+            chunk = image_ops.gather(state if images is None else images, index)
+            made = kops.switch(stretch, branches, chunk, *(image_ops.gather(each, places) for each in inputs))
+            return step + 1, update(state, made, start, index)
 
-        return kops.while_loop(lambda step, output: step < done[-1], body, (0, output))[1]
+        return kops.while_loop(lambda step, state: step < done[-1], body, (0, state))[1]
 
     def make_tables(row):
         def branch(images, argument):
@@ -526,30 +544,29 @@ def _grouped_round(rows, images, op, argument, **outside):
 
         return branch
 
-    def keep(images, argument, tables, matrices):
-        return images
-
     def look_up(images, argument, tables, matrices):
         return image_ops.lookup(images, tables)
 
     def warp(images, argument, tables, matrices):
         return image_ops.to_bytes(image_ops.warp(images, matrices, **outside))
 
+    def put_tables(tables, made, start, index):
+        return kops.slice_update(tables, (start, 0, 0), made)
+
+    def put_images(images, made, start, index):
+        for k in range(_CHUNK):
+            images = kops.slice_update(images, (index[k], 0, 0, 0), made[k : k + 1])
+        return images
+
     bounds = np.searchsorted([_KINDS.index(row.kind) for row in rows], range(len(_KINDS) + 1)).tolist()
-    tables = kops.zeros((batch + _CHUNK, channels, 256), "uint8")
-    of_table = range(bounds[1], bounds[2])
+    tables = kops.zeros((spare + _CHUNK, channels, 256), "uint8")
+    of_table, of_pixels = range(bounds[1], bounds[2]), range(bounds[3], bounds[4])
     if of_table:
-        tables = walk([(i, i + 1) for i in of_table], [make_tables(rows[i]) for i in of_table], [argument], tables)
-    of_pixels = range(bounds[3], bounds[4])
-    stretches = [*itertools.pairwise(bounds[:4]), *((i, i + 1) for i in of_pixels)]
-    branches = [keep, look_up, warp, *(make_pixels(rows[i]) for i in of_pixels)]
-    output = walk(
-        stretches,
-        branches,
-        [argument, tables, matrices],
-        kops.zeros((batch + _CHUNK, height, width, channels), "uint8"),
-    )
-    return image_ops.gather(output, inverse)
+        branches = [make_tables(rows[i]) for i in of_table]
+        tables = walk([(i, i + 1) for i in of_table], branches, images, [argument], put_tables, tables)
+    stretches = [*itertools.pairwise(bounds[1:4]), *((i, i + 1) for i in of_pixels)]
+    branches = [look_up, warp, *(make_pixels(rows[i]) for i in of_pixels)]
+    return walk(stretches, branches, None, [argument, tables, matrices], put_images, images)
 
 
 def _matrices(rows, op, argument, height, width):

@@ -13,7 +13,7 @@ from keras import ops
 from scipy import stats
 from test_image_ops import NAMES, Drawn, photographs
 
-from kerascompress.augment import OPS, MagnitudeScheduler, Op, RandAugment, RandomCrop
+from kerascompress.augment import OPS, MagnitudeScheduler, Op, RandAugment, RandomCrop, apply
 
 GRADED = [row.name for row in OPS if row.argument]
 
@@ -355,6 +355,21 @@ def test_keras_random_flip_flips_per_image_and_keeps_the_values():
 
 
 # --- tf.data ---
+
+
+@pytest.mark.tensorflow_only
+def test_images_of_a_size_that_the_trace_does_not_know_get_the_same_pixels():
+    import tensorflow as tf
+
+    images, random = batch_of(28), np.random.default_rng(0)
+    op = np.stack([random.permutation(28) % len(OPS) for _ in range(2)]).astype("int32")
+    sign = np.where(np.array([row.signed for row in OPS])[op], random.choice([-1, 1], op.shape), 1)
+    argument = (0.6 * sign * np.array([row.argument for row in OPS])[op]).astype("float32")
+    per_image = [tf.TensorSpec((2, None), dtype) for dtype in ("int32", "float32")]
+    signature = [tf.TensorSpec((None, None, None, 3), "uint8"), *per_image]
+    of_any_size = tf.function(lambda *args: apply(OPS, *args), input_signature=signature)
+    expected = apply(OPS, *map(tf.constant, (images, op, argument)))
+    np.testing.assert_array_equal(of_any_size(images, op, argument), expected)
 
 
 @pytest.mark.tensorflow_only
