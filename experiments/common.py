@@ -40,8 +40,8 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "model",
     None,
-    "Network: resnet<depth>, with w<width> at the end for another width than 16, such as resnet20 or resnet8w8. "
-    "Default: the data set's.",
+    "Network: resnet<depth>, mobilenet_v2 or shufflenet_v2, with w<width> at the end for another width, such as "
+    "resnet8w8 (8 filters, not 16) or mobilenet_v2w0.25 (a quarter of the channels). Default: the data set's.",
 )
 flags.DEFINE_integer(
     "epochs", None, "Epochs of each stage. Default: 200 as in the paper, 10 for digits.", lower_bound=1
@@ -97,9 +97,11 @@ class Run:
     train_images: int | None  # None is all
     smoke: bool
     augmenter: str
+    strong: float | None = None  # magnitude of a scheme's strong augmentation
 
 
-BEFORE = {"augmenter": "kerascompress"}  # what held before a field of the key came in: older rows and folders lack it
+# What held before a field of the key came in: older rows and folders lack it.
+BEFORE = {"augmenter": "kerascompress", "strong": None}
 
 
 class Study:
@@ -160,26 +162,28 @@ class Study:
         return self.checkpoints / ",".join(f"{name}={value}" for name, value in key.items())
 
     def build_model(self, seed):
-        depth, width = check_model(self.settings["model"])
         data = self.data
-        return kc.models.resnet(
-            depth, data.num_classes, width=width, input_shape=data.input_shape, mean=data.mean, std=data.std, seed=seed
-        )
+        build = check_model(self.settings["model"])
+        return build(data.num_classes, input_shape=data.input_shape, mean=data.mean, std=data.std, seed=seed)
 
 
 def check_model(name):
-    """Returns depth and width of a network's name."""
-    match = re.fullmatch(r"resnet(\d+)(?:w(\d+))?", name)
+    """Returns the builder of the network that a name stands for."""
+    match = re.fullmatch(r"(?:resnet(\d+)(?:w(\d+))?|(mobilenet_v2|shufflenet_v2)(?:w(\d*\.?\d+))?)", name)
     if not match:
         raise ValueError(
-            f"`model` must be resnet<depth> or resnet<depth>w<width>, such as resnet8w8. Received: {name!r}."
+            "`model` must be resnet<depth>, mobilenet_v2 or shufflenet_v2, with w<width> at the end for another width, "
+            f"such as resnet8w8 or mobilenet_v2w0.25. Received: {name!r}."
         )
-    return int(match[1]), int(match[2] or 16)
+    depth, filters, mobile, multiplier = match.groups()
+    if mobile:
+        return functools.partial(getattr(kc.models, mobile), width=float(multiplier or 1))
+    return functools.partial(kc.models.resnet, int(depth), width=int(filters or 16))
 
 
-def layer_seeds(run, count):
-    """Returns independent seeds for the random layers of a run, the same ones for every arm."""
-    return np.random.SeedSequence((run.seed, round(100 * run.sparsity))).generate_state(count).tolist()
+def layer_seeds(run, count, stage=0):
+    """Returns independent seeds for the random layers of a stage of a run, the same ones for every arm."""
+    return np.random.SeedSequence((run.seed, round(100 * run.sparsity), stage)).generate_state(count).tolist()
 
 
 def base_augmentation(data, crop_seed, flip_seed):
@@ -206,11 +210,12 @@ def learning_rate(epoch, epochs, initial):
     return cosine * 0.1 ** ((epoch >= 0.45 * epochs) + (epoch >= 0.9 * epochs))
 
 
-def train(run, layers, data, folder, *, progress, callbacks=(), best_from=0):
+def train(run, layers, data, folder, *, progress, callbacks=(), best_from=0, stage=0):
     """Trains `keras.Sequential(layers)` and returns its accuracies; goes on where a killed process left `folder`.
 
     An epoch depends on the run and on the state alone. The state is all variables: weights, masks, optimizer, random
-    seeds, magnitude. The best epoch is chosen on the validation images, from epoch `best_from` on.
+    seeds, magnitude. The best epoch is chosen on the validation images, from epoch `best_from` on. Where a run has
+    several stages, `stage` counts them from 0, and each sees the images in an order of its own.
     """
     trainer = keras.Sequential([keras.Input(data.input_shape, dtype="uint8"), *layers])
     trainer.compile(
@@ -230,7 +235,8 @@ def train(run, layers, data, folder, *, progress, callbacks=(), best_from=0):
     used = len(labels) // run.batch_size * run.batch_size  # whole batches only: another shape is compiled anew
     for epoch in range(len(history["validation"]), run.epochs):
         started = time.monotonic()
-        order = np.random.default_rng((run.seed, round(100 * run.sparsity), epoch)).permutation(len(labels))[:used]
+        order = np.random.default_rng((run.seed, round(100 * run.sparsity), epoch, stage)).permutation(len(labels))
+        order = order[:used]
         trainer.optimizer.learning_rate = learning_rate(epoch, run.epochs, run.learning_rate)
         trainer.fit(
             images[order],

@@ -4,9 +4,9 @@ python -m experiments.plot --figure=fig3 --results=experiments/results/fig3_cifa
 """
 
 import collections
-import itertools
 import pathlib
 
+import cycler
 import matplotlib.figure
 import numpy as np
 from absl import app, flags
@@ -15,16 +15,17 @@ from experiments import common
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(common)
-flags.DEFINE_enum("figure", "fig3", ["fig3"], "Figure to draw from the rows in --results.")
 flags.DEFINE_enum(
     "accuracy",
     "test_last",
     ["test_last", "test_best", "validation_last", "validation_best"],
     "Accuracy to show: of the last epoch, or of the epoch that is best on the validation images.",
 )
-SETTING = ("dataset", "model", "train_images", "epochs", "batch_size", "learning_rate", "smoke", "augmenter")
+SETTING = ("dataset", "model", "train_images", "epochs", "batch_size", "learning_rate", "smoke", "augmenter", "strong")
+OURS = ("decayed", "inherit")  # the paper's own arms stand out
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the marker says it again.
-STYLES = [("#999999", "s"), ("#56B4E9", "o"), ("#009E73", "^"), ("#E69F00", "v"), ("#D55E00", "D"), ("#0072B2", "*")]
+STYLES = cycler.cycler(color=["#999999", "#56B4E9", "#009E73", "#E69F00", "#D55E00"], marker=list("so^vD"))
+STAND_OUT = {"color": "#0072B2", "marker": "*", "markersize": 10, "linewidth": 2.5, "zorder": 3}
 
 
 def settings(rows):
@@ -38,13 +39,20 @@ def settings(rows):
 def title(rows):
     row = rows[0]
     of = ", keras-cv's RandAugment" if row.get("augmenter") == "keras_cv" else ""
+    of += "" if row.get("strong") is None else f", strong is M = {row['strong']:g}"
     return f"{row['model']}, {row['dataset']}, {row['images']['train']:,} images, {row['epochs']} epochs a stage{of}"
 
 
 def statistics(rows, accuracy):
     """Returns `{arm: {sparsity: (mean, standard deviation, n)}}` of an accuracy in percent, in the rows' order."""
     table = collections.defaultdict(lambda: collections.defaultdict(list))
+    magnitudes = {}
     for row in rows:
+        cell = row["arm"], row["sparsity"]
+        if magnitudes.setdefault(cell, row.get("magnitude")) != row.get("magnitude"):
+            raise ValueError(
+                f"Rows of one arm and ratio, {cell}, have several magnitudes. Give each a file of its own."
+            )
         table[row["arm"]][row["sparsity"]].append(100 * row[accuracy])
     return {
         arm: {p: (np.mean(v), np.std(v, ddof=1) if len(v) > 1 else None, len(v)) for p, v in sorted(cells.items())}
@@ -61,7 +69,7 @@ def markdown(rows, accuracy):
     table = statistics(rows, accuracy)
     ratios = sorted({p for cells in table.values() for p in cells})
     best = {p: max(cells[p][0] for cells in table.values() if p in cells) for p in ratios}
-    lines = [["arm", *(f"p = {p:g}" for p in ratios)]]
+    lines = [["arm", *(["accuracy"] if ratios == [0] else [f"p = {p:g}" for p in ratios])]]
     for arm, cells in table.items():
         entries = [text(*cells[p]) if p in cells else "" for p in ratios]
         lines.append(
@@ -80,39 +88,52 @@ def markdown(rows, accuracy):
     )
 
 
-def fig3(rows, accuracy):
-    """Returns accuracy over the pruning ratio, a line an arm, a panel a setting."""
+def lines(axes, arms):
+    """Draws accuracy over the pruning ratio, a line an arm."""
+    for i, (arm, cells) in enumerate(arms.items()):
+        apart = 0.006 * (i - (len(arms) - 1) / 2)  # side by side, to keep the error bars apart
+        points(axes, arm, [p + apart for p in cells], cells.values())
+    axes.set_xticks(sorted({p for cells in arms.values() for p in cells}))
+    axes.set_xlabel("pruning ratio p")
+
+
+def columns(axes, arms):
+    """Draws the accuracy of each arm, one beside the other, where there are no ratios."""
+    for i, (arm, cells) in enumerate(arms.items()):
+        points(axes, arm, [i], cells.values())
+    axes.set_xticks([])
+    axes.margins(x=0.2)
+
+
+FIGURES = {"fig3": lines, "fig4": lines, "fig6": columns}
+flags.DEFINE_enum("figure", "fig3", list(FIGURES), "Figure to draw from the rows in --results.")
+
+
+def draw(figure, rows, accuracy):
+    """Returns a figure with a panel for each setting."""
     panels = settings(rows).values()
-    figure = matplotlib.figure.Figure(figsize=(7.5 * len(panels), 4.2), layout="constrained", dpi=150)
-    for axes, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
-        arms = statistics(panel, accuracy)
-        for i, ((arm, cells), (colour, marker)) in enumerate(zip(arms.items(), itertools.cycle(STYLES), strict=False)):
-            ratios = np.array(list(cells)) + 0.006 * (
-                i - (len(arms) - 1) / 2
-            )  # side by side, to keep the error bars apart
-            means, deviations, counts = zip(*cells.values(), strict=True)
-            axes.errorbar(
-                ratios,
-                means,
-                deviations if None not in deviations else None,
-                color=colour,
-                marker=marker,
-                markersize=10 if marker == "*" else 6,
-                linewidth=2.5 if arm == "decayed" else 1.5,
-                capsize=3,
-                label=f"{arm} (n = {'–'.join(map(str, sorted({min(counts), max(counts)})))})",
-                zorder=3 if arm == "decayed" else 2,
-            )
-        axes.set_xticks(sorted({row["sparsity"] for row in panel}))
-        axes.set_xlabel("pruning ratio p")
+    canvas = matplotlib.figure.Figure(figsize=(7.5 * len(panels), 4.2), layout="constrained", dpi=150)
+    for axes, panel in zip(np.atleast_1d(canvas.subplots(1, len(panels))), panels, strict=True):
+        axes.set_prop_cycle(STYLES)
+        FIGURES[figure](axes, statistics(panel, accuracy))
         axes.set_ylabel(f"{accuracy.partition('_')[0]} accuracy (%)")
         axes.set_title(title(panel), fontsize="medium")
         axes.grid(alpha=0.3)
-        axes.legend(title="magnitude", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    return figure
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    return canvas
 
 
-FIGURES = {"fig3": fig3}
+def points(axes, arm, x, cells):
+    """Draws mean ± standard deviation of an arm at each `x`."""
+    means, deviations, counts = zip(*cells, strict=True)
+    axes.errorbar(
+        x,
+        means,
+        deviations if None not in deviations else None,
+        capsize=3,
+        label=f"{arm} (n = {'–'.join(map(str, sorted({min(counts), max(counts)})))})",
+        **(STAND_OUT if arm in OURS else {}),
+    )
 
 
 def show(figure, rows, out):
@@ -120,7 +141,7 @@ def show(figure, rows, out):
     for panel in settings(rows).values():
         print(f"\n{title(panel)}: {FLAGS.accuracy} in percent, mean ± std (n)\n\n{markdown(panel, FLAGS.accuracy)}\n")
     out.parent.mkdir(parents=True, exist_ok=True)
-    FIGURES[figure](rows, FLAGS.accuracy).savefig(out)
+    draw(figure, rows, FLAGS.accuracy).savefig(out)
     print(f"Figure: {out}")
 
 

@@ -128,6 +128,7 @@ def test_run_killed_in_a_pruning_stage_goes_on_to_the_same_result_bit_for_bit(sm
         ({"results": f"{__file__}/rows.jsonl"}, "--results must be a file that can be appended to"),
         ({"dataset": "cifar10", "data_dir": "/nowhere"}, "No folder /nowhere/cifar-10-batches-py"),
         ({"model": "vgg16"}, "`model` must be resnet<depth>"),
+        ({"model": "mobilenet_v2w"}, "`model` must be resnet<depth>"),
         ({"train_images": 2}, "between 10 and 1213"),
         ({"batch_size": 65}, "`batch_size` must be at most 64"),
     ],
@@ -222,15 +223,25 @@ def test_every_flag_of_the_script_and_of_all_scripts_is_explained():
     assert all(len(explanation) > 20 for explanation in shown.values())
 
 
-def test_rows_and_folders_from_before_the_choice_of_augmenter_still_count(tmp_path):
+def test_rows_and_folders_from_before_a_field_of_the_key_came_in_still_count(tmp_path):
     names = [field.name for field in dataclasses.fields(common.Run)]
-    ours = common.Run(**dict.fromkeys(names, 0) | {"augmenter": "kerascompress"})
+    old = {name: 0 for name in names if name not in ("augmenter", "strong")}
+    ours = common.Run(**old, augmenter="kerascompress")
     theirs = dataclasses.replace(ours, augmenter="keras_cv")
-    old = {name: 0 for name in names if name != "augmenter"}
+    strong = dataclasses.replace(ours, strong=14)
     study = types.SimpleNamespace(rows=[old], checkpoints=tmp_path)
     assert common.Study.row(study, ours) == old
     assert common.Study.row(study, theirs) is None
+    assert common.Study.row(study, strong) is None
     assert common.Study.folder(study, ours).name == ",".join(f"{name}=0" for name in old)
     assert common.Study.folder(study, theirs).name.endswith(",augmenter=keras_cv")
-    settings = plot.settings([old, dataclasses.asdict(ours), dataclasses.asdict(theirs)])
-    assert [len(rows) for rows in settings.values()] == [2, 1]
+    assert common.Study.folder(study, strong).name.endswith(",strong=14")
+    settings = plot.settings([old, *(dataclasses.asdict(run) for run in (ours, theirs, strong))])
+    assert [len(rows) for rows in settings.values()] == [2, 1, 1]
+
+
+def test_draws_of_figure_3_are_those_of_its_published_rows():
+    run = types.SimpleNamespace(seed=0, sparsity=0.6)
+    assert common.layer_seeds(run, 3) == [532367487, 3568231550, 2504398261]
+    assert common.layer_seeds(run, 3, stage=1) == [842528948, 464623095, 1365712456]
+    assert np.random.default_rng((0, 60, 5)).integers(1000) == np.random.default_rng((0, 60, 5, 0)).integers(1000)
