@@ -9,6 +9,7 @@ from typing import Any
 
 from kerascompress import models
 from kerascompress.augment import MagnitudeScheduler, RandAugment, RandomCrop
+from kerascompress.distill import Distiller, distillation_loss, select_candidates
 from kerascompress.export import export_litert, export_saved_model
 from kerascompress.pruning import (
     PruneLowMagnitude,
@@ -20,9 +21,11 @@ from kerascompress.pruning import (
 )
 from kerascompress.schedules import SparsityLinkedMagnitude
 from kerascompress.schemes import baseline_a, baseline_b, discard, extend, inherit
+from kerascompress.search import search_magnitude, validation_score
 
 __all__ = [
     "ConstantSparsity",
+    "Distiller",
     "MagnitudeScheduler",
     "PolynomialDecay",
     "PruneLowMagnitude",
@@ -34,14 +37,18 @@ __all__ = [
     "baseline_a",
     "baseline_b",
     "discard",
+    "distillation_loss",
     "export_litert",
     "export_saved_model",
     "extend",
     "inherit",
     "models",
     "prune_low_magnitude",
+    "search_magnitude",
+    "select_candidates",
     "sparsity",
     "strip_pruning",
+    "validation_score",
 ]
 
 

@@ -4,6 +4,7 @@ A network is large before it is pruned (Figure 4), or while further blocks stand
 three schemes, `shrink` being `prune_low_magnitude` or `discard`.
 """
 
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +12,23 @@ from typing import Any
 import keras
 
 from kerascompress import pruning
+from kerascompress.models.mobilenet_v2 import inverted_residual
 from kerascompress.models.resnet import basic_block
+from kerascompress.models.shufflenet_v2 import shuffle_unit
 
 Fit = Callable[[keras.Model, float | None], Any]  # fit(model, magnitude); None is no RandAugment
 Shrink = Callable[[keras.Model], keras.Model]
 
 # Between these two layers stands what `extend` adds and `discard` takes away. They change nothing themselves.
 BEGIN, END = "extra_blocks_begin", "extra_blocks_end"
+
+# The last layer of a block, `stage{s}_block{b}_<part>`, tells which network it is, and so who builds one more.
+BLOCKS: dict[str, Callable[..., Any]] = {
+    "relu2": basic_block,
+    "project_bn": inverted_residual,
+    "add": inverted_residual,
+    "shuffle": shuffle_unit,
+}
 
 
 # --- schemes ---
@@ -181,6 +192,12 @@ def extend(
                 "`extend` needs a place that one tensor passes once. "
                 f"Received: {features or behind!r} of {model.name!r}, {len(inputs)} times, with {x}."
             )
+        if block is None and len(x.shape) != 4:
+            raise ValueError(
+                "The extra blocks are convolutions, for features of shape (batch, height, width, channels). "
+                f"Received: {x.shape} at {features or behind!r} of {model.name!r}. Pass a builder of your own: "
+                "`block=`."
+            )
         build = block or _block_before(x)
         extended = keras.layers.Identity(name=BEGIN)(x)
         for index in range(extra_blocks):
@@ -248,8 +265,9 @@ def discard(model: keras.Model) -> keras.Model:
 
 
 def _block_before(x) -> Callable[..., Any]:
-    """The builder of the blocks whose output `x` is."""
-    return basic_block
+    """The builder of such blocks as the one whose output `x` is."""
+    part = re.fullmatch(r"stage\d+_block\d+_(\w+)", x._keras_history.operation.name)
+    return BLOCKS.get(part[1], basic_block) if part else basic_block
 
 
 def _weight_decay(model: keras.Model) -> float | None:
@@ -276,19 +294,20 @@ def _rebuild(model: keras.Model, call: Callable[..., Any]) -> keras.Model:
     copies: list[tuple[keras.Layer, keras.Layer]] = []
 
     def clone(layer):
-        if isinstance(layer, keras.Layer):
-            copies.append((layer, _copy(layer)))
-            return copies[-1][1]
-        return layer  # a `keras.ops` node: no state
+        copies.append((layer, _copy(layer)))
+        return copies[-1][1]
 
     def call_copy(layer, *args, **kwargs):
-        return call(next((old for old, new in copies if new is layer), layer), layer, *args, **kwargs)
+        return call(next(old for old, new in copies if new is layer), layer, *args, **kwargs)
 
     # The same graph as a model that is not compiled: the copy of a compiled one would be compiled too.
-    graph = keras.Model(model.input, model.output, name=model.name)
+    if isinstance(model, keras.Sequential):
+        graph = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
+    else:
+        graph = keras.Model(model.input, model.output, name=model.name)
     copy = keras.models.clone_model(graph, clone_function=clone, call_function=call_copy)
     for old, new in copies:
-        if new.built:
+        if isinstance(new, keras.Layer) and new.built:
             pruning._copy_state(old, new)
     if type(copy) is not type(model) and not isinstance(model, keras.Sequential):
         warnings.warn(
@@ -299,10 +318,14 @@ def _rebuild(model: keras.Model, call: Callable[..., Any]) -> keras.Model:
     return copy
 
 
-def _copy(layer: keras.Layer) -> keras.Layer:
+def _copy(layer: Any) -> Any:
+    """A copy of a layer or a `keras.ops` node, by its config where that is all there is to it."""
     if isinstance(layer, keras.Model):
         return pruning._rebuild(layer, pruning._copy)
-    module = type(layer).__module__
-    if module.startswith("keras.src.layers.") and "preprocessing" not in module and "lambda" not in module:
-        return type(layer).from_config(layer.get_config())
-    return pruning._copy(layer)  # which shares what has no weights: `layer.output` would be that of the first model
+    if not type(layer).__module__.startswith("keras.src.") or isinstance(layer, keras.layers.Lambda):
+        return pruning._copy(layer) if isinstance(layer, keras.Layer) else layer
+    if hasattr(layer, "adapt"):
+        return pruning._copy(layer)
+    # Not even a layer without weights is shared: `layer.output` would be that of the first model, and through the
+    # graph that hangs on it the first model would keep every later one in memory.
+    return type(layer).from_config(layer.get_config())
