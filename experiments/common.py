@@ -258,15 +258,18 @@ def train(run, layers, data, folder, *, progress, callbacks=(), best_from=0, sta
             f"{run.arm} p={run.sparsity} seed {run.seed}: {history['validation'][-1]:.3f}", refresh=False
         )
         progress.update()
-    test = {}
-    for name, values in {"best": best, "last": state}.items():
-        assign(variables, values)
-        test[f"test_{name}"] = accuracy(trainer, data.test)
+    best_at = best_epoch(history, best_from)
+    assign(variables, best)
+    test_best = test_last = accuracy(trainer, data.test)
+    if best_at < run.epochs - 1:
+        assign(variables, state)
+        test_last = accuracy(trainer, data.test)
     return {
         "validation_last": history["validation"][-1],
-        "validation_best": max(history["validation"][best_from:]),
-        "best_epoch": best_epoch(history, best_from) + 1,
-        **test,
+        "validation_best": history["validation"][best_at],
+        "best_epoch": best_at + 1,
+        "test_best": test_best,
+        "test_last": test_last,
         "seconds": round(history["seconds"], 1),
     }
 

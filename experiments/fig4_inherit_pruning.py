@@ -45,6 +45,7 @@ SMOKE = {"arms": ("inherit", "baseline-a, equal epochs"), "sparsities": (0.4,)}
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(stages)
+flags.DEFINE_list("sparsities", None, "Pruning ratios, separated by commas. Default: the paper's 0.2,0.4,0.6,0.8.")
 
 
 def prune(dense, sparsity):
@@ -83,8 +84,10 @@ def main(_):
     study = common.Study("fig4")
     if study.settings["epochs"] % 2:
         raise ValueError(f"`epochs` must be even: one arm halves them. Received: epochs={study.settings['epochs']}.")
-    strong, weak = stages.magnitudes(STRONG, list(WEAK.values()))
-    weak = dict(zip(WEAK, weak, strict=True))
+    chosen = FLAGS.sparsities or (SMOKE["sparsities"] if FLAGS.smoke else WEAK)
+    sparsities = [float(sparsity) for sparsity in chosen]
+    strong, weak = stages.magnitudes(STRONG, [WEAK.get(sparsity) for sparsity in sparsities])
+    weak = dict(zip(sparsities, weak, strict=True))
     runs = [
         study.run(
             arm=arm,
@@ -94,7 +97,7 @@ def main(_):
             seed=seed,
         )
         for seed in study.seeds
-        for sparsity in (SMOKE["sparsities"] if FLAGS.smoke else WEAK)
+        for sparsity in sparsities
         for arm in (SMOKE["arms"] if FLAGS.smoke else ARMS)
     ]
     stages.conduct(study, runs, ARMS, begin)

@@ -27,7 +27,7 @@ def magnitudes(strong, weak):
         chosen = weak if FLAGS.weak is None else [float(magnitude) for magnitude in FLAGS.weak]
     except ValueError:
         chosen = []
-    if len(chosen) != len(weak) or not all(0 <= magnitude <= 30 for magnitude in chosen):
+    if len(chosen) != len(weak) or not all(magnitude is not None and 0 <= magnitude <= 30 for magnitude in chosen):
         raise ValueError(
             f"--weak must be {len(weak)} magnitude(s) in [0, 30], separated by commas. Received: {FLAGS.weak}."
         )
