@@ -18,6 +18,8 @@ is pruned is each arm's own: trained at the strong magnitude (inherit, scratch),
 the weak magnitude of the ratio (Baseline-B). Pruning is one shot, by one L1 threshold for all kernels, and final.
 """
 
+import re
+
 from absl import app, flags
 from keras import ops
 
@@ -46,6 +48,11 @@ SMOKE = {"arms": ("inherit", "baseline-a, equal epochs"), "sparsities": (0.4,)}
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(stages)
 flags.DEFINE_list("sparsities", None, "Pruning ratios, separated by commas. Default: the paper's 0.2,0.4,0.6,0.8.")
+flags.register_validator(
+    "sparsities",
+    lambda ratios: all(re.fullmatch(r"0?\.\d*[1-9]\d*", ratio) for ratio in ratios or []),
+    "must be fractions, such as 0.4,0.8",
+)
 
 
 def prune(dense, sparsity):
@@ -62,7 +69,7 @@ def forget(pruned, fresh):
     """Returns `fresh`, a dense network, with the zeros of a pruned one."""
     for new, old in zip(fresh.trainable_variables, kc.strip_pruning(pruned).trainable_variables, strict=True):
         if len(new.shape) > 1:
-            new.assign(ops.where(ops.equal(old, 0), 0.0, new))
+            new.assign(ops.where(old.value == 0, 0.0, new.value))
     return fresh
 
 

@@ -80,11 +80,12 @@ class Course:
         """Trains `net` for the next stage, from the full learning rate on; or gives it the weights this stage left."""
         stage = len(self.results)
         epochs = self.epochs[stage]
+        sparsity = kc.sparsity(net)
         self.path.append(f"M={'none' if magnitude is None else format(magnitude, 'g')}x{epochs}")
         run = dataclasses.replace(
             self.run,
             arm="+".join(self.path),
-            sparsity=round(kc.sparsity(net), 2),
+            sparsity=round(sparsity, 2),
             magnitude=magnitude,
             epochs=epochs,
             strong=None,
@@ -104,7 +105,7 @@ class Course:
                 self.study.data,
                 done.parent,
                 progress=self.progress,
-                callbacks=[kc.UpdatePruningStep()] if run.sparsity else [],
+                callbacks=[kc.UpdatePruningStep()] if sparsity else [],
                 stage=stage,
             )
             common.save_arrays(done, result, weights=net.get_weights())
