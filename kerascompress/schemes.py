@@ -305,7 +305,10 @@ def _rebuild(model: keras.Model, call: Callable[..., Any]) -> keras.Model:
         graph = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
     else:
         graph = keras.Model(model.input, model.output, name=model.name)
-    copy = keras.models.clone_model(graph, clone_function=clone, call_function=call_copy)
+    inputs = keras.tree.map_structure(  # with the names of the layers, where clone_model takes those of the tensors
+        lambda x: keras.Input(batch_shape=x.shape, dtype=x.dtype, name=x._keras_history.operation.name), graph.input
+    )
+    copy = keras.models.clone_model(graph, inputs, clone_function=clone, call_function=call_copy)
     for old, new in copies:
         if isinstance(new, keras.Layer) and new.built:
             pruning._copy_state(old, new)
@@ -320,6 +323,8 @@ def _rebuild(model: keras.Model, call: Callable[..., Any]) -> keras.Model:
 
 def _copy(layer: Any) -> Any:
     """A copy of a layer or a `keras.ops` node, by its config where that is all there is to it."""
+    if isinstance(layer, keras.Model) and hasattr(layer, "operations"):
+        return _rebuild(layer, lambda _, each, *args, **kwargs: each(*args, **kwargs))
     if isinstance(layer, keras.Model):
         return pruning._rebuild(layer, pruning._copy)
     if not type(layer).__module__.startswith("keras.src.") or isinstance(layer, keras.layers.Lambda):

@@ -218,8 +218,8 @@ def validation_score(
             f"Received: labels of shape {labels.shape} for {len(images)} images. For one-hot labels, use `argmax(-1)`."
         )
     if augment is not None:
-        inputs = keras.Input(images.shape[1:], dtype=images.dtype)
-        model = keras.Model(inputs, model(augment(inputs, training=True), training=False))
+        batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+        images = np.concatenate([keras.ops.convert_to_numpy(augment(batch, training=True)) for batch in batches])
     logits = model.predict(images, batch_size=batch_size, verbose=0).astype("float64")
     if metric == "accuracy":
         return float(np.mean(logits.argmax(-1) == labels))
