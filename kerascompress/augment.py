@@ -117,6 +117,17 @@ class _Augmentation(keras.layers.Layer):
             )
         return augment_batch(images) if len(images.shape) == 4 else augment_batch(images[None])[0]
 
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        store["seed"] = kops.convert_to_numpy(
+            self.seed_generator.state
+        )  # Keras leaves it out; training resumes with it
+
+    def load_own_variables(self, store):
+        if "seed" in store.keys():  # noqa: SIM118 (it is not a dictionary)
+            self.seed_generator.state.assign(store["seed"])
+        super().load_own_variables({name: store[name] for name in store.keys() if name != "seed"})  # noqa: SIM118
+
     def compute_output_shape(self, input_shape, *args):
         return input_shape
 
@@ -211,7 +222,7 @@ class RandAugment(_Augmentation):
             )
         self.num_ops = num_ops
         self.ops = _rows(OPS if ops is None else ops)
-        self.value_range = tuple(value_range)
+        self.value_range = (value_range[0], value_range[1])
         self.fill_value = fill_value
         self.interpolation = interpolation
         self._initial_magnitude = low_high.tolist()
@@ -246,12 +257,16 @@ class RandAugment(_Augmentation):
         shape = (self.num_ops, batch)
         op = keras.random.randint(shape, 0, len(self.ops), seed=self.seed_generator)
         sign = 2.0 * kops.cast(keras.random.randint(shape, 0, 2, seed=self.seed_generator), "float32") - 1.0
-        if magnitude is None and self.magnitude.shape == (2,):
-            share = keras.random.uniform((batch,), seed=self.seed_generator)
-            magnitude = self.magnitude[0] + (self.magnitude[1] - self.magnitude[0]) * share
-        elif magnitude is None:
-            magnitude = self.magnitude
+        if magnitude is None:
+            return op, sign, self.draw_magnitude(batch)
         return op, sign, kops.broadcast_to(kops.cast(magnitude, "float32"), (batch,))
+
+    def draw_magnitude(self, batch):
+        """Returns the magnitude of every image of a batch, float32 `(batch,)`: drawn, if it is a pair."""
+        if self.magnitude.shape != (2,):
+            return kops.broadcast_to(kops.convert_to_tensor(self.magnitude), (batch,))
+        share = keras.random.uniform((batch,), seed=self.seed_generator)
+        return self.magnitude[0] + (self.magnitude[1] - self.magnitude[0]) * share
 
     def get_config(self) -> dict[str, Any]:
         return {

@@ -323,6 +323,22 @@ def test_a_saved_model_keeps_the_live_magnitude_and_rows_of_ones_own(tmp_path):
     np.testing.assert_array_equal(augmented(fresh, images, magnitude=7.5), augmented(layer, images))
 
 
+def test_a_saved_model_goes_on_with_the_draws_where_it_was(tmp_path):
+    model = keras.Sequential(
+        [keras.Input((32, 32, 3)), RandomCrop(4, seed=1), RandAugment(14, 1, ops=["Solarize"], seed=2)]
+    )
+    images = batch_of(12).astype("float32")
+    augmented(model, images)
+    model.save(tmp_path / "augment.keras")
+    model.save_weights(tmp_path / "augment.weights.h5")
+    expected = augmented(model, images)
+    loaded = keras.saving.load_model(tmp_path / "augment.keras")
+    np.testing.assert_array_equal(augmented(loaded, images), expected)
+    assert not np.array_equal(augmented(loaded, images), expected)
+    loaded.load_weights(tmp_path / "augment.weights.h5")
+    np.testing.assert_array_equal(augmented(loaded, images), expected)
+
+
 def test_a_crop_reloads_from_its_config():
     crop = RandomCrop(2, fill_value=0, seed=3)
     assert RandomCrop.from_config(crop.get_config()).get_config() == crop.get_config()

@@ -1,0 +1,453 @@
+"""Distillation in which the teacher chooses, among several augmentations of an image, what the student learns from."""
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras import ops as kops
+
+
+def distillation_loss(teacher_logits, student_logits, temperature: float = 1.0):
+    """Hinton's loss of every image, `τ² · KL(softmax(teacher / τ), softmax(student / τ))`.
+
+    Args:
+        teacher_logits: float `(..., classes)`.
+        student_logits: float `(..., classes)`.
+        temperature: τ, positive; what both logits are divided by. The square keeps the gradient's size.
+
+    Returns:
+        float32 `(...)`, at least 0 up to rounding.
+
+    Raises:
+        ValueError: If `temperature` is not positive.
+
+    Example:
+        >>> import numpy as np
+        >>> loss = distillation_loss(np.array([[0.0, 2.0]]), np.array([[1.0, 1.0]]), temperature=2.0)
+        >>> print(f"{float(loss[0]):.4f}")
+        0.4438
+
+    Reference:
+        Hinton, Vinyals, Dean: "Distilling the Knowledge in a Neural Network", 2015; Yu, Zhang, Ma, "Revisiting Data
+        Augmentation in Model Compression", Equation 4, which prints the cross-entropy: the same gradient, but not the
+        same value, which matters where losses are compared (Equation 6).
+    """
+    if not temperature > 0:
+        raise ValueError(f"`temperature` must be positive. Received: temperature={temperature}.")
+    log_teacher = kops.log_softmax(kops.cast(teacher_logits, "float32") / temperature, axis=-1)
+    log_student = kops.log_softmax(kops.cast(student_logits, "float32") / temperature, axis=-1)
+    return temperature**2 * kops.sum(kops.exp(log_teacher) * (log_teacher - log_student), axis=-1)
+
+
+def select_candidates(teacher_loss, divergence, ce_weight: float = 1.0, kl_weight: float = 1.0):
+    """Equation 6: which candidate the teacher gets right, and the student still has to learn.
+
+    `argmin over candidates of ce_weight * CE(teacher, label) - kl_weight * KL(teacher, student)`
+
+    Args:
+        teacher_loss: The teacher's cross-entropy, float `(num_candidates, batch)`.
+        divergence: KL of teacher and student, float `(num_candidates, batch)`.
+        ce_weight: α of Equation 6, at least 0.
+        kl_weight: β of Equation 6, at least 0.
+
+    Returns:
+        int32 `(batch,)`: the index of the candidate; of equal ones the first.
+
+    Raises:
+        ValueError: If a weight is negative, or both are 0.
+
+    Example:
+        >>> import numpy as np
+        >>> teacher_loss, divergence = np.array([[0.1], [0.2], [3.0]]), np.array([[0.5], [1.5], [2.0]])
+        >>> print(int(select_candidates(teacher_loss, divergence)[0]))
+        1
+
+    Reference:
+        Yu, Zhang, Ma, "Revisiting Data Augmentation in Model Compression", Equation 6.
+    """
+    if not (ce_weight >= 0 and kl_weight >= 0 and ce_weight + kl_weight > 0):
+        raise ValueError(
+            "`ce_weight` and `kl_weight` must be at least 0, and one of them positive. "
+            f"Received: ce_weight={ce_weight}, kl_weight={kl_weight}. For no selection, set num_candidates=1."
+        )
+    criterion = ce_weight * kops.cast(teacher_loss, "float32") - kl_weight * kops.cast(divergence, "float32")
+    return kops.cast(kops.argmin(criterion, axis=0), "int32")
+
+
+@keras.saving.register_keras_serializable("kerascompress")
+class Distiller(keras.Model):
+    """Distils a teacher into a student, on the augmented views that the teacher chooses.
+
+    For each image, `num_candidates` augmentations are drawn; teacher and student look at all of them in one batched
+    inference pass, and the student learns from the one that `select_candidates` (Equation 6) picks, with the loss
+
+    `alpha * CE(student, label) + (1 - alpha) * distillation_loss(teacher, student, temperature)`.
+
+    The teacher runs in inference mode, once for every candidate, and is never changed; its logits for the chosen
+    candidate are reused in the loss. The student's BatchNorm statistics see the chosen images only. `evaluate` and
+    `predict` run the student alone, without augmentation, and their `loss` is the student's cross-entropy.
+
+    Baselines are values: `num_candidates=1` is no selection, `RandAugment(magnitude=9)` a fixed magnitude,
+    `kl_weight=0` the filter alone, `ce_weight=0` the divergence alone.
+
+    Args:
+        student: A built classifier with one input and one output, logits `(batch, classes)`. Train, save and export it
+            as `distiller.student`; it may hold pruned layers.
+        teacher: Another one, with the same input and as many logits.
+        augment: A callable `(images, training=True) -> images` of the same shape, such as `RandAugment`, or a
+            `keras.Sequential` of such layers. Write your own with `keras.ops`.
+        num_candidates: n of Equation 6, at least 1.
+        ce_weight: α of Equation 6.
+        kl_weight: β of Equation 6.
+        temperature: τ of the distillation loss, positive.
+        alpha: Share of the cross-entropy with the labels, in (0, 1].
+        selection_temperature: The temperature of the divergence in Equation 6, positive.
+        teacher_dtype: A dtype policy such as `"mixed_bfloat16"` under which a copy of the teacher runs. By default the
+            teacher itself runs as it is.
+        save_teacher: Whether checkpoints and saved files hold the teacher. Without it, set `distiller.teacher` after
+            loading a `.keras` file and before `fit`.
+
+    Metrics in training, beside those of `compile`: `student_loss` (cross-entropy), `distillation_loss` (with its τ²),
+    `chosen_magnitude` (mean over the chosen images, where `augment` is or ends in a `RandAugment`) and `first_kept`
+    (share of images whose first candidate was chosen: 1 / num_candidates if the choice were random).
+
+    Raises:
+        ValueError: If an argument is out of range, teacher and student differ in their number of logits, either gives
+            probabilities, or `augment` changes the shape of the images.
+
+    Example:
+        >>> import kerascompress as kc
+        >>> student, teacher = kc.models.resnet(8, 10, width=8), kc.models.resnet20(10)
+        >>> augment = kc.RandAugment(magnitude=(0, 30), seed=0)
+        >>> distiller = Distiller(student, teacher, augment=augment, num_candidates=4, temperature=4.0, alpha=0.1)
+        >>> distiller.compile("sgd", metrics=["accuracy"])
+        >>> # distiller.fit(images, labels, epochs=200); then use distiller.student
+
+    Reference:
+        Yu, Zhang, Ma, "Revisiting Data Augmentation in Model Compression", Section IV-D, Equation 6, Figure 7.
+    """
+
+    def __init__(
+        self,
+        student: keras.Model,
+        teacher: keras.Model | None = None,
+        *,
+        augment: Callable[..., Any],
+        num_candidates: int = 4,
+        ce_weight: float = 1.0,
+        kl_weight: float = 1.0,
+        temperature: float = 4.0,
+        alpha: float = 0.1,
+        selection_temperature: float = 1.0,
+        teacher_dtype: str | None = None,
+        save_teacher: bool = False,
+        **kwargs: Any,
+    ):
+        super().__init__(**{"autocast": False, **kwargs})
+        self._held = types.SimpleNamespace(teacher=None, runs=None)  # hides the teacher from Keras' tracking
+        if not isinstance(num_candidates, int) or num_candidates < 1:
+            raise ValueError(
+                f"`num_candidates` must be a whole number of at least 1. Received: num_candidates={num_candidates}."
+            )
+        select_candidates([[0.0]], [[0.0]], ce_weight, kl_weight)
+        for name, value in (("temperature", temperature), ("selection_temperature", selection_temperature)):
+            if not value > 0:
+                raise ValueError(f"`{name}` must be positive. Received: {name}={value}.")
+        if not 0 < alpha <= 1:
+            raise ValueError(
+                f"`alpha`, the share of the cross-entropy with the labels, must be in (0, 1]. Received: alpha={alpha}."
+            )
+        if not callable(augment):
+            raise TypeError(
+                f"`augment` must be a layer or function of images, such as RandAugment. Received: augment={augment!r}."
+            )
+        self.num_candidates = num_candidates
+        self.ce_weight, self.kl_weight = ce_weight, kl_weight
+        self.temperature, self.selection_temperature, self.alpha = temperature, selection_temperature, alpha
+        self.teacher_dtype = teacher_dtype
+        self.save_teacher = save_teacher
+        self.augment = augment
+        self._image_shape, self._num_classes = _check_classifier("student", student)
+        _check_augment(augment, self._image_shape)
+        self.student = student
+        self.teacher = teacher
+        names = ["student_loss", "distillation_loss", "first_kept"]
+        if any(hasattr(layer, "draw_magnitude") for layer in self._augmentations()):
+            names.append("chosen_magnitude")
+        self._means = {name: keras.metrics.Mean(name=name) for name in names}
+        self.built = True
+
+    @property
+    def teacher(self) -> keras.Model | None:
+        """The teacher, as it was given; `None` in a distiller that was loaded from a file without it."""
+        return self._held.teacher
+
+    @teacher.setter
+    def teacher(self, teacher: keras.Model | None):
+        runs = teacher
+        if teacher is not None:
+            received = _check_classifier("teacher", teacher)
+            if received[1] != self._num_classes:
+                raise ValueError(
+                    "Teacher and student must have the same number of logits. "
+                    f"Received: {received[1]} of the teacher, {self._num_classes} of the student."
+                )
+            sizes = zip(received[0], self._image_shape, strict=False)
+            if len(received[0]) != len(self._image_shape) or any(a != b for a, b in sizes if None not in (a, b)):
+                raise ValueError(
+                    "Teacher and student must take the same images. "
+                    f"Received: {received[0]} of the teacher, {self._image_shape} of the student."
+                )
+            if self.teacher_dtype is not None:
+                runs = _copy_with_policy(teacher, self.teacher_dtype)
+        self._held = types.SimpleNamespace(teacher=teacher, runs=runs)
+
+    def __setattr__(self, name, value):
+        if name == "teacher":
+            object.__setattr__(self, name, value)  # past Keras, which would track it as a part of this model
+        else:
+            super().__setattr__(name, value)
+
+    def __dir__(self):  # where Keras looks for what to save
+        return [name for name in super().__dir__() if name != "teacher" or self.save_teacher]
+
+    @property
+    def non_trainable_variables(self):
+        """Those of student and augmentation, and all of the teacher's: the JAX backend hands them to the train step."""
+        teacher = self._held.runs
+        return super().non_trainable_variables + ([] if teacher is None else teacher.variables)
+
+    def compile(self, optimizer="rmsprop", loss=None, **kwargs):
+        """As of `keras.Model`. `loss` is the student's loss with the labels: integers or one-hot, from logits.
+
+        By default the cross-entropy. For label smoothing, take one-hot labels and
+        `keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=0.1)`.
+        """
+        loss = _CrossEntropy() if loss is None else keras.losses.get(loss)
+        if not isinstance(loss, keras.losses.Loss) or not loss.get_config().get("from_logits", True):
+            raise ValueError(
+                "`loss` must be a Keras loss object that takes logits, such as "
+                f"keras.losses.CategoricalCrossentropy(from_logits=True). Received: loss={loss!r}."
+            )
+        super().compile(optimizer, loss=loss, **kwargs)
+
+    def compile_from_config(self, config):
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
+
+    def call(self, inputs, training=None):
+        return self.student(inputs["images"] if isinstance(inputs, dict) else inputs, training=training)
+
+    def draw_candidates(self, images, labels):
+        """Draws the candidates of a batch and chooses among them.
+
+        Args:
+            images: `(batch, ...)`.
+            labels: int `(batch,)` or `(batch, 1)`, or one-hot `(batch, classes)`.
+
+        Returns:
+            A dictionary: `images` `(num_candidates, batch, ...)`; `teacher_logits` `(num_candidates, batch, classes)`;
+            `teacher_loss` and `divergence`, of Equation 6, `(num_candidates, batch)`; `chosen`, int32 `(batch,)`; and
+            `magnitude` `(num_candidates, batch)` if `augment` is, or ends in, a `RandAugment`. Where the divergence
+            cannot change the choice, the student does not run and it is 0.
+        """
+        if self.teacher is None:
+            raise ValueError(
+                "This distiller has no teacher, as when it is loaded from a file that was saved with "
+                "save_teacher=False. Set `distiller.teacher` to the teacher, then call fit."
+            )
+        n = self.num_candidates
+        tiled = kops.tile(images, (n, *[1] * (len(images.shape) - 1)))
+        views = {}
+        candidates = tiled
+        for layer in self._augmentations():
+            if hasattr(layer, "draw_magnitude"):
+                magnitude = layer.draw_magnitude(kops.shape(candidates)[0])
+                views["magnitude"] = kops.reshape(magnitude, (n, -1))
+                candidates = layer(candidates, magnitude=magnitude, training=True)
+            else:
+                candidates = layer(candidates, training=True)
+
+        def by_candidate(values):
+            return kops.reshape(values, (n, -1, *values.shape[1:]))
+
+        def logits(model):
+            return by_candidate(kops.cast(model(candidates, training=False), "float32"))
+
+        views["images"] = by_candidate(candidates)
+        views["teacher_logits"] = logits(self._held.runs)
+        views["teacher_loss"] = _cross_entropy(labels, views["teacher_logits"])
+        if n > 1 and self.kl_weight > 0:
+            views["divergence"] = distillation_loss(
+                views["teacher_logits"], logits(self.student), self.selection_temperature
+            )
+        else:
+            views["divergence"] = kops.zeros_like(views["teacher_loss"])
+        views["chosen"] = select_candidates(views["teacher_loss"], views["divergence"], self.ce_weight, self.kl_weight)
+        return views
+
+    def train_step(self, *args):
+        """Keras' own step, on the candidates that were chosen."""
+        images, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(args[-1])
+        if len(args) == 1:
+            return super().train_step((self._choose(images, labels), labels, sample_weight))
+        # on the JAX backend the state of the random seeds comes in and goes out
+        trainable, non_trainable, *others = args[0]
+        variables = [*self.trainable_variables, *self.non_trainable_variables]
+        with keras.StatelessScope(list(zip(variables, [*trainable, *non_trainable], strict=True))) as scope:
+            chosen = self._choose(images, labels)
+        non_trainable = [scope.get_current_value(variable) for variable in self.non_trainable_variables]
+        return super().train_step((trainable, non_trainable, *others), (chosen, labels, sample_weight))
+
+    def _choose(self, images, labels):
+        views = self.draw_candidates(images, labels)
+        chosen = views["chosen"]
+        place = chosen * kops.shape(chosen)[0] + kops.arange(kops.shape(chosen)[0], dtype="int32")
+
+        def pick(values):
+            return kops.take(kops.reshape(values, (-1, *values.shape[2:])), place, axis=0)
+
+        picked = {name: pick(views[name]) for name in ("images", "teacher_logits", "magnitude") if name in views}
+        return {**picked, "chosen": chosen}
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        if not training:
+            return super().compute_loss(x, y, y_pred, sample_weight, training)
+        per_image = {
+            "student_loss": self.loss.call(y, y_pred),
+            "distillation_loss": distillation_loss(x["teacher_logits"], y_pred, self.temperature),
+            "chosen_magnitude": x.get("magnitude"),
+            "first_kept": x["chosen"] == 0,
+        }
+        for name, mean in self._means.items():
+            mean.update_state(kops.cast(per_image[name], "float32"))
+        distillation = _Distillation(self.temperature, self.loss.reduction)(x["teacher_logits"], y_pred, sample_weight)
+        loss = self.alpha * self.loss(y, y_pred, sample_weight) + (1 - self.alpha) * distillation
+        return loss + sum(kops.sum(penalty) for penalty in self.losses)
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        logs = super().compute_metrics(x, y, y_pred, sample_weight)
+        return logs if isinstance(x, dict) else {name: v for name, v in logs.items() if name not in self._means}
+
+    def _augmentations(self):
+        return self.augment.layers if isinstance(self.augment, keras.Sequential) else [self.augment]
+
+    def get_config(self) -> dict[str, Any]:
+        names = (
+            *("num_candidates", "ce_weight", "kl_weight", "temperature", "alpha", "selection_temperature"),
+            *("teacher_dtype", "save_teacher"),
+        )
+        return {
+            **keras.layers.Layer.get_config(self),
+            **{name: getattr(self, name) for name in names},
+            "student": keras.saving.serialize_keras_object(self.student),
+            "teacher": keras.saving.serialize_keras_object(self.teacher) if self.save_teacher else None,
+            "augment": keras.saving.serialize_keras_object(self.augment),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects=None) -> "Distiller":
+        parts = {
+            name: keras.saving.deserialize_keras_object(config[name], custom_objects=custom_objects)
+            for name in ("student", "teacher", "augment")
+        }
+        return cls(**{**config, **parts})
+
+
+@keras.saving.register_keras_serializable("kerascompress")
+class _CrossEntropy(keras.losses.Loss):
+    def __init__(self, name="cross_entropy", **kwargs):
+        super().__init__(name=name, **kwargs)
+
+    def call(self, y_true, y_pred):
+        return _cross_entropy(y_true, y_pred)
+
+
+class _Distillation(keras.losses.Loss):
+    """`distillation_loss` averaged as Keras averages losses: weighted, and over the replicas of a strategy."""
+
+    def __init__(self, temperature, reduction):
+        super().__init__(name="distillation", reduction=reduction)
+        self.temperature = temperature
+
+    def call(self, teacher_logits, student_logits):
+        return distillation_loss(teacher_logits, student_logits, self.temperature)
+
+
+def _cross_entropy(labels, logits):
+    """Of logits `(..., batch, classes)` and labels, int `(batch,)` or `(batch, 1)` or one-hot: `(..., batch)`."""
+    classes = logits.shape[-1]
+    if len(labels.shape) > 2 or (len(labels.shape) == 2 and labels.shape[1] not in (1, classes)):
+        raise ValueError(
+            f"Labels must be integers, (batch,) or (batch, 1), or one-hot, (batch, {classes}). "
+            f"Received: labels of shape {tuple(labels.shape)}."
+        )
+    if len(labels.shape) == 1 or labels.shape[1] == 1:
+        labels = kops.one_hot(kops.cast(kops.reshape(labels, (-1,)), "int32"), classes)
+    return -kops.sum(kops.cast(labels, "float32") * kops.log_softmax(kops.cast(logits, "float32"), axis=-1), axis=-1)
+
+
+def _check_classifier(name, model):
+    """Returns the shape of an image and the number of logits of a model that can be distilled."""
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"`{name}` must be a keras.Model. Received: {name}={model!r}.")
+    shape = getattr(model, "input_shape", None) or (model.get_build_config() or {}).get("input_shape")
+    if not isinstance(shape, tuple | list) or not all(size is None or isinstance(size, int) for size in shape):
+        raise ValueError(
+            f"`{name}` must be a built model with one input. Received: {model!r} with input shape {shape}. "
+            "Call it once on a batch of images before."
+        )
+    outputs = getattr(model, "output_shape", None) or tuple(model(keras.KerasTensor(tuple(shape))).shape)
+    if len(outputs) != 2 or not isinstance(outputs[1], int) or outputs[1] < 2:
+        raise ValueError(
+            f"`{name}` must give logits of shape (batch, classes), at least 2 classes. Received: outputs of {outputs}."
+        )
+    activation = _last_activation(model)
+    if activation in ("softmax", "sigmoid", "log_softmax"):
+        raise ValueError(
+            f"`{name}` must give logits. Received: a model that ends in {activation}. Build it without it, with "
+            "activation=None in the last layer (classifier_activation=None in keras.applications); "
+            "for probabilities, add a softmax to the model that you export."
+        )
+    return tuple(shape)[1:], outputs[1]
+
+
+def _last_activation(model):
+    """The name of the activation in which a model ends, or of its last layer or operation, as far as can be told."""
+    layer = model
+    while inside := getattr(layer, "operations", None) or getattr(layer, "layers", None):
+        layer = inside[-1]
+    layer = getattr(layer, "layer", layer)  # of a wrapper
+    name = getattr(getattr(layer, "activation", None), "__name__", None) or type(layer).__name__
+    return {"LogSoftmax": "log_softmax"}.get(name, name.lower())
+
+
+def _check_augment(augment, image_shape):
+    shape = (2, *(size or 32 for size in image_shape))
+    if isinstance(augment, keras.layers.Layer):
+        output = augment(keras.KerasTensor(shape), training=True)
+    else:
+        with keras.StatelessScope():  # draws no random numbers that count
+            output = augment(kops.zeros(shape), training=True)
+    if tuple(output.shape) != shape:
+        raise ValueError(
+            "`augment` must not change the shape of the images. "
+            f"Received: images of {tuple(output.shape)} for images of {shape}."
+        )
+
+
+def _copy_with_policy(model, policy):
+    """A copy of a model whose layers run under another dtype policy, with the same weights."""
+    if not hasattr(model, "operations") and not isinstance(model, keras.Sequential):
+        raise ValueError(
+            "`teacher_dtype` needs a functional or Sequential teacher. "
+            f"Received: {model!r}. Build it under keras.config.set_dtype_policy({policy!r}) instead."
+        )
+
+    def copy(layer):
+        return type(layer).from_config({**layer.get_config(), "dtype": policy})
+
+    copied = keras.models.clone_model(model, clone_function=copy, recursive=True)
+    copied.set_weights(model.get_weights())
+    return copied
