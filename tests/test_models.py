@@ -1,10 +1,26 @@
+import json
 import math
+import zlib
+from functools import partial
+from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 
+import kerascompress as kc
 from kerascompress import models
+from kerascompress.models.mobilenet_v2 import _channels as channels_of_mobilenet
+from kerascompress.models.mobilenet_v2 import inverted_residual
+from kerascompress.models.resnet import basic_block
+from kerascompress.models.shufflenet_v2 import shuffle_unit
+
+NETWORKS = {
+    "resnet8": partial(models.resnet, 8, width=3),
+    "mobilenet_v2": partial(models.mobilenet_v2, width=0.25),
+    "shufflenet_v2": partial(models.shufflenet_v2, width=0.25),
+}
+BLOCKS = {basic_block: "relu2", inverted_residual: "add", shuffle_unit: "shuffle"}  # and how their last layer is named
 
 
 def trainable_parameters(model):
@@ -19,62 +35,73 @@ def images(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape).astype("uint8")
 
 
+def block_model(block, filters=6, input_shape=(5, 4, 6), **kwargs):
+    images = keras.Input(input_shape)
+    return keras.Model(images, block(images, filters, **{"name": "block", "weight_decay": 0, "seed": None} | kwargs))
+
+
 @pytest.mark.parametrize(
     ("build", "num_classes", "published"),
-    [(models.resnet20, 10, 272_474), (models.resnet20, 100, 278_324), (models.resnet110, 100, 1_736_564)],
+    [
+        (models.resnet20, 10, 272_474),
+        (models.resnet20, 100, 278_324),
+        (models.resnet110, 100, 1_736_564),
+        (models.mobilenet_v2, 10, 2_236_682),
+        (models.mobilenet_v2, 100, 2_351_972),
+        (partial(models.mobilenet_v2, stem="imagenet"), 1000, 3_504_872),
+        (models.shufflenet_v2, 10, 1_263_854),
+        (models.shufflenet_v2, 100, 1_356_104),
+        (partial(models.shufflenet_v2, stem="imagenet"), 1000, 2_278_604),
+        (partial(models.shufflenet_v2, stem="imagenet", width=0.5), 1000, 1_366_792),
+    ],
 )
 def test_parameter_counts_are_the_published_ones(build, num_classes, published):
     assert trainable_parameters(build(num_classes)) == published
 
 
-def numpy_conv(x, kernel, stride, padding):
-    """PyTorch's Conv2d: the same zero padding on all four sides, output floor((n + 2p - k) / stride) + 1."""
-    size = kernel.shape[0]
-    x = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    rows, columns = ((n - size) // stride + 1 for n in x.shape[1:3])
-    return np.stack(
-        [
-            np.stack(
-                [
-                    np.tensordot(x[:, stride * i :, stride * j :][:, :size, :size], kernel, axes=3)
-                    for j in range(columns)
-                ],
-                axis=1,
-            )
-            for i in range(rows)
-        ],
-        axis=1,
+def drawn(path, shape):
+    """The formula of fixtures/make_networks.py."""
+    random = np.random.RandomState(zlib.crc32(path.encode()))
+    if path.endswith("kernel"):
+        return random.normal(0, (2 / math.prod(shape[:2] if "depthwise" in path else shape[:-1])) ** 0.5, shape)
+    if path.endswith(("gamma", "variance")):
+        return random.uniform(0.5, 1.5, shape)
+    return random.normal(0, 0.5, shape)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize(
+    ("stem", "size", "input_shape"),  # odd and even sizes before the strides; the graph of free sizes may be another
+    [("cifar", (7, 10), (7, 10, 3)), ("imagenet", (33, 40), (None, None, 3))],
+)
+def test_logits_are_pytorchs_for_the_same_weights(network, stem, size, input_shape):
+    model = NETWORKS[network](5, stem=stem, input_shape=input_shape)
+    for weight in model.weights:
+        weight.assign(drawn(weight.path, weight.shape))
+    pixels = np.random.RandomState(0).randint(0, 256, (2, *size, 3)).astype("uint8")
+    expected = json.loads((Path(__file__).parent / "fixtures" / "networks.json").read_text())[network][stem]
+    np.testing.assert_allclose(
+        model.predict(pixels, verbose=0), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max()
     )
 
 
-def numpy_resnet8(weights, x, mean, std):
-    def conv_bn(x, name, stride=1, padding=1):
-        x = numpy_conv(x, weights[f"{name}/kernel"], stride, padding)
-        gamma, beta, moving_mean, moving_variance = (
-            weights[f"{name}_bn/{part}"] for part in ("gamma", "beta", "moving_mean", "moving_variance")
-        )
-        return gamma * (x - moving_mean) / np.sqrt(moving_variance + 1e-5) + beta
-
-    x = (x - np.array(mean)) / np.array(std)
-    x = np.maximum(conv_bn(x, "stem"), 0)
-    for stage, stride in ((1, 1), (2, 2), (3, 2)):
-        block = f"stage{stage}_block0"
-        shortcut = x if stride == 1 else conv_bn(x, f"{block}_shortcut", stride, padding=0)
-        x = np.maximum(conv_bn(x, f"{block}_conv1", stride), 0)
-        x = np.maximum(conv_bn(x, f"{block}_conv2") + shortcut, 0)
-    return x.mean((1, 2)) @ weights["logits/kernel"] + weights["logits/bias"]
+def test_mobilenets_channels_are_multiples_of_8_that_lose_at_most_a_tenth():
+    assert [channels_of_mobilenet(exact) for exact in (3.2, 11.9, 10.56, 8.8, 24.0)] == [8, 16, 16, 8, 24]
 
 
-def test_forward_pass_is_pytorchs_formula():
-    model = small_resnet()  # 7x6 pixels: odd and even sizes before each stride
-    random = np.random.default_rng(0)
-    for weight in model.weights:  # every value away from its neutral start, variances positive
-        weight.assign(random.uniform(0.5, 1.5, weight.shape) if weight.path.endswith("variance") else
-                      random.normal(0, 0.5, weight.shape))  # fmt: skip
-    weights = {weight.path: np.asarray(weight, "float64") for weight in model.weights}
-    x = images(4, 7, 6, 2)
-    expected = numpy_resnet8(weights, x.astype("float64"), (100, 120), (50, 60))
-    np.testing.assert_allclose(model.predict(x, verbose=0), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+def test_shufflenets_channels_are_even_numbers_at_any_width():
+    model = models.shufflenet_v2(5, width=0.01, input_shape=(8, 8, 3))
+    assert [model.get_layer(f"stage{stage}_block0_shuffle").output.shape[-1] for stage in (1, 2, 3)] == [2, 2, 4]
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 6), (None, 4, 6), (5, None, 6), (None, None, 6)])
+def test_channels_alternate_between_both_halves_for_every_kind_of_size(shape):
+    model = block_model(shuffle_unit, input_shape=shape)
+    concat = keras.Model(model.input, model.get_layer("block_concat").output)
+    x = np.random.default_rng(0).normal(size=(2, 5, 4, 6)).astype("float32")
+    before = np.asarray(concat(x))
+    np.testing.assert_array_equal(before[..., :3], x[..., :3])
+    np.testing.assert_array_equal(model(x), before[..., [0, 3, 1, 4, 2, 5]])
 
 
 def test_uint8_and_float_pixels_give_the_same_logits():
@@ -164,3 +191,100 @@ def test_free_height_and_width():
 def test_bad_arguments_are_refused_with_what_is_allowed(arguments, message):
     with pytest.raises(ValueError, match=message):
         models.resnet(**{"depth": 8, "num_classes": 10} | arguments)
+
+
+@pytest.mark.parametrize("build", [models.mobilenet_v2, models.shufflenet_v2])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"stem": "mnist"}, "one of \\('cifar', 'imagenet'\\). Received: stem='mnist'"),
+        ({"width": 0.0}, "`width` positive. Received: num_classes=10, width=0.0"),
+        ({"num_classes": 0}, "at least 1.*Received: num_classes=0"),
+        ({"std": (1, 2)}, "each of the 3 channels. Received: std=\\(1, 2\\)"),
+        ({"dropout": 1.0}, "in \\[0, 1\\). Received: dropout=1.0|unexpected keyword"),
+    ],
+)
+def test_bad_arguments_of_the_mobile_networks_are_refused(build, arguments, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        build(**{"num_classes": 10} | arguments)
+
+
+def test_default_normalisation_of_an_imagenet_stem_is_imagenets():
+    normalise = models.resnet(8, 2, width=1, stem="imagenet").get_layer("normalize")
+    found = np.asarray(normalise(np.full((1, 1, 1, 3), 200.0)))[0, 0, 0]
+    np.testing.assert_allclose(found, [76.325 / 58.395, 83.72 / 57.12, 96.47 / 57.375], rtol=1e-5)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_one_further_block_ends_as_its_family_does_and_draws_by_seed_and_name(block):
+    models_ = [block_model(block, seed=seed, name=name) for seed, name in ((1, "a"), (1, "a"), (2, "a"), (1, "b"))]
+    assert [model.layers[-1].name for model in models_] == [f"{name}_{BLOCKS[block]}" for name in "aaab"]
+    kernels = [[np.asarray(w) for w in model.trainable_weights if w.path.endswith("kernel")] for model in models_]
+    for first, again, other_seed, other_name in zip(*kernels, strict=True):
+        np.testing.assert_array_equal(first, again)
+        assert not np.array_equal(first, other_seed)
+        assert not np.array_equal(first, other_name)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_weight_decay_of_a_block_counts_every_trainable_value(block):
+    model = block_model(block, weight_decay=0.02, stride=2, filters=8)
+    squares = sum((np.asarray(weight, "float64") ** 2).sum() for weight in model.trainable_weights)
+    np.testing.assert_allclose(float(sum(model.losses)), 0.01 * squares, rtol=1e-5)
+
+
+def test_depthwise_kernels_have_pytorchs_initial_spread():
+    model = block_model(inverted_residual, input_shape=(3, 3, 200), filters=200)
+    kernel = np.asarray(model.get_layer("block_depthwise").kernel)  # 1200 channels: PyTorch's fan_out is 9 * 1200
+    assert np.std(kernel) == pytest.approx(math.sqrt(2 / 10_800), rel=0.03)
+
+
+def test_dropout_stands_before_the_logits():
+    model = models.mobilenet_v2(5, width=0.1, input_shape=(8, 8, 3), dropout=0.2)
+    assert [layer.name for layer in model.layers[-3:]] == ["pool", "dropout", "logits"]
+    assert model.get_layer("dropout").rate == 0.2
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("input_shape", [(5, 4, 6), (None, None, 6)])
+def test_a_block_is_keras_alone_and_one_more_fits_behind_a_loaded_one(block, input_shape, tmp_path):
+    model = block_model(block, input_shape=input_shape)
+    assert all(type(each).__module__.startswith("keras.") for each in model._flatten_layers())
+    model.save(tmp_path / "net.keras")
+    keras.utils.clear_session()
+    loaded = keras.saving.load_model(tmp_path / "net.keras")
+    x = np.random.default_rng(0).normal(size=(2, 5, 4, 6)).astype("float32")
+    np.testing.assert_array_equal(loaded(x), model(x))
+    longer = keras.Model(loaded.input, block(loaded.output, 6, name="further", weight_decay=0, seed=0))
+    assert longer.output_shape == model.output_shape
+
+
+@pytest.mark.parametrize("network", ["mobilenet_v2", "shufflenet_v2"])
+def test_one_threshold_prunes_depthwise_and_pointwise_kernels(network):
+    dense = NETWORKS[network](5, input_shape=(8, 8, 3), seed=0)
+    pruned = kc.prune_low_magnitude(dense, pruning_schedule=kc.ConstantSparsity(0.6, begin_step=0), scope="global")
+    update = kc.UpdatePruningStep()
+    update.set_model(pruned)
+    update.on_train_begin()
+    small = kc.strip_pruning(pruned)
+    kernels = [np.asarray(w) for w in small.trainable_weights if w.path.endswith("kernel")]
+    assert [w.shape for w in kernels] == [w.shape for w in dense.trainable_weights if w.path.endswith("kernel")]
+    assert [layer.name for layer in small.layers[-5:]] == ["head", "head_bn", "head_relu", "pool", "logits"]
+    assert sum((kernel == 0).sum() for kernel in kernels) == pytest.approx(0.6 * sum(map(np.size, kernels)), abs=1)
+    assert any(np.mean(kernel == 0) > 0 for kernel in kernels if kernel.shape[:2] == (3, 3) and kernel.shape[3] == 1)
+    assert any(np.mean(kernel == 0) > 0 for kernel in kernels if kernel.shape[:2] == (1, 1))
+
+
+@pytest.mark.parametrize("input_shape", [(9, 8, 3), (None, None, 3)])
+def test_the_blocks_run_in_litert(input_shape, tmp_path):
+    x = images_in = keras.Input(input_shape, name="images")
+    for block, filters, stride in (
+        (inverted_residual, 8, 2),
+        (inverted_residual, 8, 1),
+        (shuffle_unit, 8, 2),
+        (shuffle_unit, 8, 1),
+    ):
+        x = block(x, filters, stride=stride, name=f"{block.__name__}{stride}", weight_decay=0, seed=0)
+    model = keras.Model(images_in, keras.layers.GlobalAveragePooling2D()(x))
+    report = kc.export_litert(model, tmp_path / "net.tflite", images=images(2, 9, 8, 3))  # refuses other outputs
+    assert report.parameters == model.count_params()

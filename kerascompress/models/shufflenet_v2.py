@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import keras
+import numpy as np
 
 from kerascompress.models.layers import classifier, conv_bn, conv_bn_relu, max_pool, normalised_images
 
@@ -34,8 +35,8 @@ def shufflenet_v2(
             1.0 multiplied and rounded to even numbers. The last convolution has 1024 filters, from 2.0 on 2048.
         stem: "cifar", a 3x3 convolution, or "imagenet", the same and a max-pooling, both with stride 2.
         input_shape: (height, width, channels) of an image. Any size; `None` leaves height or width free. By default
-            (32, 32, 3) with the CIFAR stem and (224, 224, 3) with the ImageNet stem. One free size costs nothing; with
-            both free, channels are shuffled by a slower operation.
+            (32, 32, 3) with the CIFAR stem and (224, 224, 3) with the ImageNet stem. With both free,
+            channels are shuffled by slower operations.
         mean: Subtracted from the pixels, on their scale of 0 to 255: one number, or one for each channel. By default
             CIFAR-100's or ImageNet's, as the stem says, with three channels, and the average of those with any other
             number.
@@ -97,10 +98,7 @@ def shuffle_unit(x, filters: int, *, stride: int = 1, name: str, weight_decay: f
         shortcut = depthwise(x, name=f"{name}_shortcut_depthwise")
         shortcut = conv(shortcut, filters // 2, 1, name=f"{name}_shortcut")
     else:
-        # To a channels-first layer the last axis is the width of the image, so it cuts channels.
-        half = partial(keras.layers.Cropping2D, data_format="channels_first")
-        shortcut = half(((0, 0), (0, filters // 2)), name=f"{name}_left")(x)
-        x = half(((0, 0), (filters // 2, 0)), name=f"{name}_right")(x)
+        shortcut, x = _as_layer(_halves, x, f"{name}_split")
     x = conv(x, filters // 2, 1, name=f"{name}_conv1")
     x = depthwise(x, name=f"{name}_depthwise")
     x = conv(x, filters // 2, 1, name=f"{name}_conv2")
@@ -112,11 +110,23 @@ def _shuffle(x, name):
     """Alternates between the channels of the first and of the second half."""
     *size, channels = x.shape[1:]
     if size == [None, None]:  # more than a Reshape can leave free
-        order = [channel // 2 + channel % 2 * (channels // 2) for channel in range(channels)]
-        # A model of its own, because an operation cannot be named, and its automatic name could be taken.
-        inputs = keras.Input(x.shape[1:], dtype=x.dtype)
-        return keras.Model(inputs, keras.ops.take(inputs, order, axis=-1), name=f"{name}_shuffle")(x)
+        return _as_layer(_interleaved, x, f"{name}_shuffle")
     size = [-1 if each is None else each for each in size]
     x = keras.layers.Reshape((*size, 2, channels // 2), name=f"{name}_halves")(x)
     x = keras.layers.Permute((1, 2, 4, 3), name=f"{name}_permute")(x)
     return keras.layers.Reshape((*size, channels), name=f"{name}_shuffle")(x)
+
+
+def _as_layer(compute, x, name):
+    # The operations of `keras.ops` get names from a counter, which in a model that was loaded could be taken.
+    inputs = keras.Input(x.shape[1:], dtype=x.dtype)
+    return keras.Model(inputs, compute(inputs), name=name)(x)
+
+
+def _halves(x):
+    return keras.ops.split(x, 2, axis=-1)
+
+
+def _interleaved(x):
+    first, second = (keras.ops.repeat(half, 2, axis=-1) for half in _halves(x))
+    return keras.ops.where(np.arange(x.shape[-1]) % 2 == 0, first, second)
