@@ -89,7 +89,7 @@ class Run:
     model: str
     arm: str
     sparsity: float
-    magnitude: float | None  # None is no RandAugment
+    magnitude: float | None  # None is no RandAugment, or another magnitude for each image where the arm says so
     seed: int
     epochs: int
     batch_size: int
@@ -98,10 +98,11 @@ class Run:
     smoke: bool
     augmenter: str
     strong: float | None = None  # magnitude of a scheme's strong augmentation
+    teacher: str | None = None  # who distils
 
 
 # What held before a field of the key came in: older rows and folders lack it.
-BEFORE = {"augmenter": "kerascompress", "strong": None}
+BEFORE = {"augmenter": "kerascompress", "strong": None, "teacher": None}
 
 
 class Study:
@@ -161,9 +162,10 @@ class Study:
         key = {name: value for name, value in dataclasses.asdict(run).items() if BEFORE.get(name) != value}
         return self.checkpoints / ",".join(f"{name}={value}" for name, value in key.items())
 
-    def build_model(self, seed):
+    def build_model(self, seed, name=None):
+        """Returns a new network: the one to compress, or another by its name."""
         data = self.data
-        build = check_model(self.settings["model"])
+        build = check_model(name or self.settings["model"])
         return build(data.num_classes, input_shape=data.input_shape, mean=data.mean, std=data.std, seed=seed)
 
 
@@ -211,19 +213,18 @@ def learning_rate(epoch, epochs, initial):
 
 
 def train(run, layers, data, folder, *, progress, callbacks=(), best_from=0, stage=0):
-    """Trains `keras.Sequential(layers)` and returns its accuracies; goes on where a killed process left `folder`.
+    """Trains `keras.Sequential(layers)`, or a whole model, such as a Distiller, and returns its accuracies.
+
+    Goes on where a killed process left `folder`.
 
     An epoch depends on the run and on the state alone. The state is all variables: weights, masks, optimizer, random
     seeds, magnitude. The best epoch is chosen on the validation images, from epoch `best_from` on. Where a run has
     several stages, `stage` counts them from 0, and each sees the images in an order of its own.
     """
-    trainer = keras.Sequential([keras.Input(data.input_shape, dtype="uint8"), *layers])
-    trainer.compile(
-        keras.optimizers.SGD(run.learning_rate, momentum=0.9),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-        jit_compile="auto" if keras.backend.backend() != "tensorflow" or on_gpu() else False,  # XLA is slower there
-    )
+    trainer = layers
+    if isinstance(layers, list):
+        trainer = keras.Sequential([keras.Input(data.input_shape, dtype="uint8"), *layers])
+    compile_classifier(trainer, run.learning_rate)
     trainer.optimizer.build(trainer.trainable_variables)
     variables = [*trainer.variables, *trainer.optimizer.variables]
     history, best = {"validation": [], "seconds": 0.0}, []
@@ -272,6 +273,15 @@ def train(run, layers, data, folder, *, progress, callbacks=(), best_from=0, sta
         "test_last": test_last,
         "seconds": round(history["seconds"], 1),
     }
+
+
+def compile_classifier(model, learning_rate):
+    model.compile(
+        keras.optimizers.SGD(learning_rate, momentum=0.9),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        jit_compile="auto" if keras.backend.backend() != "tensorflow" or on_gpu() else False,  # XLA is slower there
+    )
 
 
 def best_epoch(history, best_from):

@@ -21,8 +21,9 @@ flags.DEFINE_enum(
     ["test_last", "test_best", "validation_last", "validation_best"],
     "Accuracy to show: of the last epoch, or of the epoch that is best on the validation images.",
 )
-SETTING = ("dataset", "model", "train_images", "epochs", "batch_size", "learning_rate", "smoke", "augmenter", "strong")
-OURS = ("decayed", "inherit")  # the paper's own arms stand out
+SETTING = ("dataset", "model", "train_images", "epochs", "batch_size", "learning_rate", "smoke", "augmenter")
+SETTING += ("strong", "teacher")
+OURS = ("decayed", "inherit", "teacher filter")  # the paper's own arms stand out
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the marker says it again.
 STYLES = cycler.cycler(color=["#999999", "#56B4E9", "#009E73", "#E69F00", "#D55E00"], marker=list("so^vD"))
 STAND_OUT = {"color": "#0072B2", "marker": "*", "markersize": 10, "linewidth": 2.5, "zorder": 3}
@@ -40,6 +41,7 @@ def title(rows):
     row = rows[0]
     of = ", keras-cv's RandAugment" if row.get("augmenter") == "keras_cv" else ""
     of += "" if row.get("strong") is None else f", strong is M = {row['strong']:g}"
+    of += "" if row.get("teacher") is None else f"\nteacher: {row['teacher']}"
     return f"{row['model']}, {row['dataset']}, {row['images']['train']:,} images, {row['epochs']} epochs a stage{of}"
 
 
@@ -105,7 +107,7 @@ def columns(axes, arms):
     axes.margins(x=0.2)
 
 
-FIGURES = {"fig3": lines, "fig4": lines, "fig6": columns}
+FIGURES = {"fig3": lines, "fig4": lines, "fig6": columns, "fig7": columns}
 flags.DEFINE_enum("figure", "fig3", list(FIGURES), "Figure to draw from the rows in --results.")
 
 
