@@ -59,7 +59,7 @@ def prune(dense, sparsity):
     """Returns a copy whose smallest weights are zero from now on."""
     once = kc.ConstantSparsity(sparsity, begin_step=0, end_step=0, frequency=1)
     pruned = kc.prune_low_magnitude(dense, pruning_schedule=once, scope="global")
-    now = kc.UpdatePruningStep()
+    now = kc.UpdatePruningStep()  # the masks of step 0, before there is a trainer
     now.set_model(pruned)
     now.on_train_begin()
     return pruned

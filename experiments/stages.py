@@ -42,14 +42,12 @@ def conduct(study, runs, arms, begin):
         arms: Arm -> its scheme, and the length of each of its stages in units of --epochs.
         begin: `begin(course)` returns the large network of a run, and the function that shrinks it.
     """
-    todo = [run for run in runs if not study.row(run)]
-    courses = [Course(study, run, [round(part * run.epochs) for part in arms[run.arm][1]]) for run in todo]
-    with common.progress_bar(sum(sum(course.epochs) for course in courses)) as progress:
-        for course in courses:
-            course.progress = progress
+    todo = {run: [round(part * run.epochs) for part in arms[run.arm][1]] for run in runs if not study.row(run)}
+    with common.progress_bar(sum(map(sum, todo.values()))) as progress:
+        for run, epochs in todo.items():
+            scheme, _ = arms[run.arm]
+            course = Course(study, run, epochs, progress)
             large, shrink = begin(course)
-            scheme, _ = arms[course.run.arm]
-            run = course.run
             small = scheme(large, shrink=shrink, fit=course.fit, strong=run.strong, weak=run.magnitude)
             study.record(run, course.outcome(small))
             keras.utils.clear_session()
@@ -63,8 +61,8 @@ class Course:
     ["M=14x200", "prune=0.4", "M=8x200"]. A run that comes to a stage of another run takes the weights it has left.
     """
 
-    def __init__(self, study, run, epochs):
-        self.study, self.run, self.epochs = study, run, epochs
+    def __init__(self, study, run, epochs, progress):
+        self.study, self.run, self.epochs, self.progress = study, run, epochs, progress
         self.path, self.results = [], []
 
     def then(self, name, change):
