@@ -225,8 +225,8 @@ def test_every_flag_of_the_script_and_of_all_scripts_is_explained():
 
 def test_rows_and_folders_from_before_a_field_of_the_key_came_in_still_count(tmp_path):
     names = [field.name for field in dataclasses.fields(common.Run)]
-    old = {name: 0 for name in names if name not in ("augmenter", "strong")}
-    ours = common.Run(**old, augmenter="kerascompress")
+    old = {name: 0 for name in names if name not in common.BEFORE}
+    ours = common.Run(**old, **common.BEFORE)
     theirs = dataclasses.replace(ours, augmenter="keras_cv")
     strong = dataclasses.replace(ours, strong=14)
     study = types.SimpleNamespace(rows=[old], checkpoints=tmp_path)
