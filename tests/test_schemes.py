@@ -183,7 +183,7 @@ def test_training_reaches_every_weight_and_the_small_part_trains_on():
 
 
 def test_resnet20_plus_20_has_the_weights_of_ten_further_blocks():
-    small = kc.models.resnet20(100)
+    small = kc.models.resnet20(100, seed=0)
     large = kc.extend(small, extra_blocks=10)
     # two 3x3 convolutions from 64 to 64 channels, two BatchNorms of four vectors
     assert large.count_params() - small.count_params() == 10 * (2 * 3 * 3 * 64 * 64 + 2 * 4 * 64)

@@ -217,8 +217,8 @@ def test_the_score_is_minus_the_objective_of_equation_3_or_the_accuracy():
 
 
 def test_the_score_is_on_augmented_images_if_asked_and_the_same_for_the_same_seed():
-    images, labels = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), "uint8"), np.arange(40) % 5
-    model = kc.models.resnet(8, 5, width=4, input_shape=(8, 8, 3), seed=0)
+    images, labels = np.random.default_rng(0).integers(0, 256, (40, 4, 4, 1), "uint8"), np.arange(40) % 5
+    model = keras.Sequential([keras.Input((4, 4, 1)), keras.layers.Flatten(), keras.layers.Dense(5)])
 
     def score(magnitude, ops):
         augment = None if magnitude is None else kc.RandAugment(magnitude, ops=ops, seed=3)
@@ -226,7 +226,7 @@ def test_the_score_is_on_augmented_images_if_asked_and_the_same_for_the_same_see
 
     assert score(20, ["Identity"]) == pytest.approx(score(None, None))
     assert score(20, ["Solarize"]) != pytest.approx(score(None, None))
-    assert score(20, ["Rotate", "Solarize"]) == score(20, ["Rotate", "Solarize"])
+    assert score(20, ["Identity", "Solarize"]) == score(20, ["Identity", "Solarize"])
 
 
 def test_a_search_on_real_digits_with_real_trainings_prefers_moderate_magnitudes_to_breaking_ones():
@@ -235,7 +235,7 @@ def test_a_search_on_real_digits_with_real_trainings_prefers_moderate_magnitudes
     images, labels = (digits.images[..., None] * 255 / 16).astype("float32"), digits.target
     inputs = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Rescaling(1 / 255), keras.layers.Flatten()])
     net = keras.Sequential([inputs, keras.layers.Dense(32, "relu"), keras.layers.Dense(10)])
-    augment = kc.RandAugment(0, num_ops=2, ops=["TranslateX", "TranslateY"], seed=0)
+    augment = kc.RandAugment(0, num_ops=2, ops=["TranslateX"], seed=0)
     trainer = keras.Sequential([keras.Input((8, 8, 1)), augment, net])
     initial = net.get_weights()
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
