@@ -507,12 +507,11 @@ def test_the_student_may_be_pruned_while_the_magnitude_follows():
     assert kc.sparsity(kc.strip_pruning(model.student)) == pytest.approx(0.5, abs=0.02)
 
 
-@pytest.mark.parametrize("build", [kc.models.mobilenet_v2, kc.models.shufflenet_v2, kc.models.resnet20])
-def test_networks_of_the_package_distil(build):
-    width = 4 if build is kc.models.resnet20 else 0.1
-    student = build(CLASSES, width=width, input_shape=(SIZE, SIZE, 3))
+@pytest.mark.parametrize("build", [kc.models.mobilenet_v2, kc.models.shufflenet_v2])
+def test_the_mobile_networks_distil(build):
+    student = build(CLASSES, width=0.1, input_shape=(SIZE, SIZE, 3))
     eagerly = keras.backend.backend() == "tensorflow"  # there, a trace takes longer than this one step
-    model = distiller(student=student, num_candidates=2, run={"run_eagerly": eagerly})
+    model = distiller(student=student, num_candidates=1, run={"run_eagerly": eagerly})
     assert np.isfinite(model.fit(*data(), batch_size=12, verbose=0).history["loss"][0])
 
 
