@@ -11,9 +11,10 @@ README = pathlib.Path(__file__).parent.parent / "README.md"
 
 
 def test_the_tour_in_the_readme_runs(tmp_path, monkeypatch, capsys):
-    (tour,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    tour = "".join(re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL))
     for theirs, smaller in {
         "models.resnet20(num_classes=10)": "models.resnet(8, 10, width=4)",
+        "extra_blocks=10": "extra_blocks=1",
         "epochs=200": "epochs=1",
         "batch_size=128": "batch_size=4",
         "end_step=20_000, frequency=100": "end_step=8, frequency=2",
@@ -27,4 +28,6 @@ def test_the_tour_in_the_readme_runs(tmp_path, monkeypatch, capsys):
     (printed,) = re.findall(r"^0\.\d+$", capsys.readouterr().out, re.MULTILINE)  # between the progress bars
     assert float(printed) == pytest.approx(0.6, abs=1e-3)
     assert float(keras.ops.convert_to_numpy(scope["augment"].magnitude)) == pytest.approx(4, abs=0.01)
+    assert scope["small"].count_params() < scope["large"].count_params()
+    assert scope["distiller"].optimizer.iterations == 10
     assert (tmp_path / "saved_models" / "resnet20_p60" / "saved_model.pb").exists()
