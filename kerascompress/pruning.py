@@ -774,8 +774,10 @@ def _copy_state(old: keras.Layer, new: keras.Layer) -> None:
 
 
 def _copy(layer: keras.Layer) -> keras.Layer:
-    if layer.built and not layer.variables and not _children(layer):
-        return layer  # nothing to keep apart; and a Lambda or a look-up could not be copied by its config
+    by_config = type(layer).__module__.startswith("keras.src.") and not hasattr(layer, "adapt")
+    by_config &= not isinstance(layer, layers.Lambda)
+    if layer.built and not layer.variables and not _children(layer) and not by_config:
+        return layer  # its config may not be all there is to it, and it has nothing to keep apart
     if isinstance(layer, PruneLowMagnitude):
         settings = ("pruning_schedule", "block_size", "block_pooling_type", "sparsity_m_by_n", "scope", "name")
         return PruneLowMagnitude(_copy(layer.layer), **{name: getattr(layer, name) for name in settings})

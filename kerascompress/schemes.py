@@ -327,10 +327,6 @@ def _copy(layer: Any) -> Any:
         return _rebuild(layer, lambda _, each, *args, **kwargs: each(*args, **kwargs))
     if isinstance(layer, keras.Model):
         return pruning._rebuild(layer, pruning._copy)
-    if not type(layer).__module__.startswith("keras.src.") or isinstance(layer, keras.layers.Lambda):
-        return pruning._copy(layer) if isinstance(layer, keras.Layer) else layer
-    if hasattr(layer, "adapt"):
+    if isinstance(layer, keras.Layer):
         return pruning._copy(layer)
-    # Not even a layer without weights is shared: `layer.output` would be that of the first model, and through the
-    # graph that hangs on it the first model would keep every later one in memory.
-    return type(layer).from_config(layer.get_config())
+    return type(layer).from_config(layer.get_config()) if type(layer).__module__.startswith("keras.src.") else layer

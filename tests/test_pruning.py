@@ -610,6 +610,18 @@ def test_adapted_and_unsaveable_layers_without_kernels_come_through():
     np.testing.assert_allclose(kc.strip_pruning(pruned).predict(inputs, verbose=0), expected, atol=1e-5)
 
 
+def test_every_layer_of_the_copy_is_in_the_graph_of_the_copy_alone():
+    x = keras.Input((6, 6, 2))
+    features = layers.GlobalAveragePooling2D(name="pool")(layers.ReLU()(layers.Conv2D(3, 3)(x)))
+    dense = keras.Model(x, layers.Dense(2)(layers.Dropout(0.5)(features)))
+    for _ in range(2):
+        pruned = kc.prune_low_magnitude(dense, pruning_schedule=kc.ConstantSparsity(0.5, 0))
+        assert not set(map(id, pruned.layers)) & set(map(id, dense.layers))
+        extractor = keras.Model(pruned.input, pruned.get_layer("pool").output)
+        assert extractor.predict(data(3)[0], verbose=0).shape == (3, 3)
+    assert len(dense.get_layer("pool")._inbound_nodes) == 1
+
+
 def test_strip_leaves_the_pruned_model_as_it_is():
     pruned = compile_(kc.prune_low_magnitude(small_net(), kc.ConstantSparsity(0.5, 0)))
     fit(pruned)
