@@ -97,6 +97,10 @@ def make_distiller(study, run, teacher):
 
 def distil(study, run, teacher, progress):
     """Trains the student of a run and returns its result; its weights stay in the folder of the run."""
+    done = study.folder(run) / "done.npz"
+    if done.exists():  # killed before its row was written
+        progress.update(run.epochs)
+        return common.load_arrays(done, "weights")[0]
     distiller = make_distiller(study, run, teacher)
     result = common.train(run, distiller, study.data, study.folder(run), progress=progress)
     images, labels = (part[: 4 * run.batch_size] for part in study.data.train)
@@ -108,7 +112,7 @@ def distil(study, run, teacher, progress):
         "first_kept": round(float(np.mean(chosen["chosen"] == 0)), 4),
         "chosen_magnitude": round(float(chosen["magnitude"][chosen["chosen"], np.arange(len(labels))].mean()), 2),
     }
-    common.save_arrays(study.folder(run) / "done.npz", result, weights=distiller.student.get_weights())
+    common.save_arrays(done, result, weights=distiller.student.get_weights())
     (study.folder(run) / common.STATE).unlink()
     return result
 
@@ -144,7 +148,8 @@ def draw_candidates(study, run, teacher, path):
     for i, cells in enumerate(figure.subplots(len(images), n + 1, squeeze=False)):
         for k, axis in enumerate(cells):
             axis.set(xticks=[], yticks=[])
-            axis.imshow(images[i] if k == 0 else views["images"][k - 1, i], cmap="gray", vmin=0, vmax=255)
+            shown = images[i] if k == 0 else views["images"][k - 1, i].astype("uint8")
+            axis.imshow(shown, cmap="gray", vmin=0, vmax=255)
             if k == 0:
                 axis.set_title("image", fontsize="small")
                 axis.spines[:].set_visible(False)
@@ -186,8 +191,10 @@ def main(_):
         for arm in (SMOKE["arms"] if FLAGS.smoke else ARMS)
     ]
     todo = [run for run in runs if not study.row(run)]
-    with common.progress_bar(epochs + sum(run.epochs for run in todo)) as progress:
-        if teacher is None:
+    shown = next(run for run in runs if run.arm == "teacher filter")
+    is_needed = todo or (study.folder(shown) / "done.npz").exists()
+    with common.progress_bar((epochs if is_needed else 0) + sum(run.epochs for run in todo)) as progress:
+        if teacher is None and is_needed:
             teacher = train_teacher(study, name, epochs, progress)
         if todo:
             common.compile_classifier(teacher, 0.0)
@@ -197,8 +204,7 @@ def main(_):
     rows = [study.row(run) for run in runs]
     plot.show("fig7", rows, study.out)
     print_costs(rows)
-    shown = next(run for run in runs if run.arm == "teacher filter")
-    if (study.folder(shown) / "done.npz").exists():
+    if is_needed:
         draw_candidates(study, shown, teacher, study.out.with_stem(f"{study.out.stem}_candidates"))
 
 

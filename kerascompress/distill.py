@@ -1,5 +1,6 @@
 """Distillation in which the teacher chooses, among several augmentations of an image, what the student learns from."""
 
+import operator
 import types
 from collections.abc import Callable
 from typing import Any
@@ -37,7 +38,8 @@ def distillation_loss(teacher_logits, student_logits, temperature: float = 1.0):
         raise ValueError(f"`temperature` must be positive. Received: temperature={temperature}.")
     log_teacher = kops.log_softmax(kops.cast(teacher_logits, "float32") / temperature, axis=-1)
     log_student = kops.log_softmax(kops.cast(student_logits, "float32") / temperature, axis=-1)
-    return temperature**2 * kops.sum(kops.exp(log_teacher) * (log_teacher - log_student), axis=-1)
+    teacher = kops.exp(log_teacher)
+    return temperature**2 * kops.sum(kops.where(teacher > 0, teacher * (log_teacher - log_student), 0.0), axis=-1)
 
 
 def select_candidates(teacher_loss, divergence, ce_weight: float = 1.0, kl_weight: float = 1.0):
@@ -82,11 +84,12 @@ class Distiller(keras.Model):
     For each image, `num_candidates` augmentations are drawn; teacher and student look at all of them in one batched
     inference pass, and the student learns from the one that `select_candidates` (Equation 6) picks, with the loss
 
-    `alpha * CE(student, label) + (1 - alpha) * distillation_loss(teacher, student, temperature)`.
+    `alpha * CE(student, label) + (1 - alpha) * distillation_loss(teacher, student, temperature)`
 
-    The teacher runs in inference mode, once for every candidate, and is never changed; its logits for the chosen
-    candidate are reused in the loss. The student's BatchNorm statistics see the chosen images only. `evaluate` and
-    `predict` run the student alone, without augmentation, and their `loss` is the student's cross-entropy.
+    and the student's own penalties, such as weight decay. The teacher runs in inference mode, once for every candidate,
+    and is not trained; its logits for the chosen candidate are reused in the loss. The student's BatchNorm statistics
+    see the chosen images only. `evaluate` and `predict` run the student alone, without augmentation, and their `loss`
+    is that with the labels and the penalties.
 
     Baselines are values: `num_candidates=1` is no selection, `RandAugment(magnitude=9)` a fixed magnitude,
     `kl_weight=0` the filter alone, `ce_weight=0` the divergence alone.
@@ -95,16 +98,17 @@ class Distiller(keras.Model):
         student: A built classifier with one input and one output, logits `(batch, classes)`. Train, save and export it
             as `distiller.student`; it may hold pruned layers.
         teacher: Another one, with the same input and as many logits.
-        augment: A callable `(images, training=True) -> images` of the same shape, such as `RandAugment`, or a
-            `keras.Sequential` of such layers. Write your own with `keras.ops`.
+        augment: A layer that is called with `(images, training=True)` and returns images of the same shape, such as
+            `RandAugment`, or a `keras.Sequential` of such layers. A function will do if it has no state: random numbers
+            need a layer. Write it with `keras.ops`, and register it if the Distiller is to be saved.
         num_candidates: n of Equation 6, at least 1.
         ce_weight: α of Equation 6.
         kl_weight: β of Equation 6.
         temperature: τ of the distillation loss, positive.
         alpha: Share of the cross-entropy with the labels, in (0, 1].
         selection_temperature: The temperature of the divergence in Equation 6, positive.
-        teacher_dtype: A dtype policy such as `"mixed_bfloat16"` under which a copy of the teacher runs. By default the
-            teacher itself runs as it is.
+        teacher_dtype: A dtype policy such as `"mixed_bfloat16"` under which a copy of the teacher runs, which takes the
+            teacher's weights when training begins. By default the teacher itself runs as it is.
         save_teacher: Whether checkpoints and saved files hold the teacher. Without it, set `distiller.teacher` after
             loading a `.keras` file and before `fit`.
 
@@ -113,8 +117,8 @@ class Distiller(keras.Model):
     (share of images whose first candidate was chosen: 1 / num_candidates if the choice were random).
 
     Raises:
-        ValueError: If an argument is out of range, teacher and student differ in their number of logits, either gives
-            probabilities, or `augment` changes the shape of the images.
+        ValueError: If an argument is out of range, teacher and student differ in their number of logits or share
+            trainable weights, either ends in a softmax or sigmoid, or `augment` changes the shape of the images.
 
     Example:
         >>> import kerascompress as kc
@@ -144,9 +148,9 @@ class Distiller(keras.Model):
         save_teacher: bool = False,
         **kwargs: Any,
     ):
-        super().__init__(**{"autocast": False, **kwargs})
+        super().__init__(**{"autocast": False, "dtype": getattr(student, "dtype_policy", None), **kwargs})
         self._held = types.SimpleNamespace(teacher=None, runs=None)  # hides the teacher from Keras' tracking
-        if not isinstance(num_candidates, int) or num_candidates < 1:
+        if not hasattr(num_candidates, "__index__") or num_candidates < 1:
             raise ValueError(
                 f"`num_candidates` must be a whole number of at least 1. Received: num_candidates={num_candidates}."
             )
@@ -162,7 +166,7 @@ class Distiller(keras.Model):
             raise TypeError(
                 f"`augment` must be a layer or function of images, such as RandAugment. Received: augment={augment!r}."
             )
-        self.num_candidates = num_candidates
+        self.num_candidates = operator.index(num_candidates)
         self.ce_weight, self.kl_weight = ce_weight, kl_weight
         self.temperature, self.selection_temperature, self.alpha = temperature, selection_temperature, alpha
         self.teacher_dtype = teacher_dtype
@@ -185,7 +189,6 @@ class Distiller(keras.Model):
 
     @teacher.setter
     def teacher(self, teacher: keras.Model | None):
-        runs = teacher
         if teacher is not None:
             received = _check_classifier("teacher", teacher)
             if received[1] != self._num_classes:
@@ -199,9 +202,24 @@ class Distiller(keras.Model):
                     "Teacher and student must take the same images. "
                     f"Received: {received[0]} of the teacher, {self._image_shape} of the student."
                 )
-            if self.teacher_dtype is not None:
-                runs = _copy_with_policy(teacher, self.teacher_dtype)
-        self._held = types.SimpleNamespace(teacher=teacher, runs=runs)
+            if {id(v) for v in teacher.variables} & {id(v) for v in self.student.trainable_variables}:
+                raise ValueError(
+                    "The teacher must not share trainable weights with the student, which would change it. "
+                    f"Received: teacher={teacher!r}, student={self.student!r}. Distil into a copy: clone_model."
+                )
+        self._held = types.SimpleNamespace(teacher=teacher, runs=None)
+        self._update_teacher()
+        self.train_function = None  # the compiled step holds the teacher that it was traced with
+
+    def _update_teacher(self):
+        """Lets what runs have the teacher's weights."""
+        held = self._held
+        if held.teacher is None or self.teacher_dtype is None:
+            held.runs = held.teacher
+        elif held.runs is None:
+            held.runs = _copy_with_policy(held.teacher, self.teacher_dtype)
+        else:
+            held.runs.set_weights(held.teacher.get_weights())
 
     def __setattr__(self, name, value):
         if name == "teacher":
@@ -222,15 +240,46 @@ class Distiller(keras.Model):
         """As of `keras.Model`. `loss` is the student's loss with the labels: integers or one-hot, from logits.
 
         By default the cross-entropy. For label smoothing, take one-hot labels and
-        `keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=0.1)`.
+        `keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=0.1)`. A loss class of your own has to
+        take logits. There are no `loss_weights`: `alpha` weighs.
         """
         loss = _CrossEntropy() if loss is None else keras.losses.get(loss)
-        if not isinstance(loss, keras.losses.Loss) or not loss.get_config().get("from_logits", True):
+        from_keras = type(loss).__module__.startswith("keras.")
+        if not isinstance(loss, keras.losses.Loss) or not loss.get_config().get("from_logits", not from_keras):
             raise ValueError(
                 "`loss` must be a Keras loss object that takes logits, such as "
                 f"keras.losses.CategoricalCrossentropy(from_logits=True). Received: loss={loss!r}."
             )
+        if kwargs.get("loss_weights") is not None:
+            raise ValueError(
+                "`loss_weights` has no meaning here: `alpha` of the Distiller weighs the losses. "
+                f"Received: loss_weights={kwargs['loss_weights']}."
+            )
+        teacher_layers = [] if self.teacher is None else self.teacher._flatten_layers()
+        if kwargs.get("jit_compile", "auto") == "auto" and not all(layer.supports_jit for layer in teacher_layers):
+            kwargs["jit_compile"] = False
         super().compile(optimizer, loss=loss, **kwargs)
+
+    def make_train_function(self, force=False):
+        self._update_teacher()
+        return super().make_train_function(force)
+
+    def fit(self, *args, **kwargs):
+        """As of `keras.Model`."""
+        self._update_teacher()
+        if keras.backend.backend() != "jax" or self.teacher is None:
+            return super().fit(*args, **kwargs)
+        # The train loop gives the buffers of its variables away, and after an error nobody puts them back. So it gets
+        # copies of the teacher's, which the student may have been initialised from, too.
+        kept = [(variable, variable.value) for variable in self._held.runs.variables]
+        for variable, value in kept:
+            variable.assign(kops.copy(value))
+        try:
+            return super().fit(*args, **kwargs)
+        except BaseException:
+            for variable, value in kept:
+                variable.assign(value)
+            raise
 
     def compile_from_config(self, config):
         self.compile(**keras.saving.deserialize_keras_object(config))
@@ -252,11 +301,17 @@ class Distiller(keras.Model):
             `magnitude` `(num_candidates, batch)` if `augment` is, or ends in, a `RandAugment`. Where the divergence
             cannot change the choice, the student does not run and it is 0.
         """
+        self._update_teacher()
+        return self._draw(kops.convert_to_tensor(images), kops.convert_to_tensor(labels))
+
+    def _draw(self, images, labels):
         if self.teacher is None:
             raise ValueError(
                 "This distiller has no teacher, as when it is loaded from a file that was saved with "
                 "save_teacher=False. Set `distiller.teacher` to the teacher, then call fit."
             )
+        if labels is None:
+            raise ValueError("The Distiller needs labels. Received: images alone. Call fit(images, labels).")
         n = self.num_candidates
         tiled = kops.tile(images, (n, *[1] * (len(images.shape) - 1)))
         views = {}
@@ -301,7 +356,7 @@ class Distiller(keras.Model):
         return super().train_step((trainable, non_trainable, *others), (chosen, labels, sample_weight))
 
     def _choose(self, images, labels):
-        views = self.draw_candidates(images, labels)
+        views = self._draw(images, labels)
         chosen = views["chosen"]
         place = chosen * kops.shape(chosen)[0] + kops.arange(kops.shape(chosen)[0], dtype="int32")
 
@@ -322,16 +377,17 @@ class Distiller(keras.Model):
         }
         for name, mean in self._means.items():
             mean.update_state(kops.cast(per_image[name], "float32"))
-        distillation = _Distillation(self.temperature, self.loss.reduction)(x["teacher_logits"], y_pred, sample_weight)
+        distillation = _Distillation(self.temperature, self.loss)(x["teacher_logits"], y_pred, sample_weight)
         loss = self.alpha * self.loss(y, y_pred, sample_weight) + (1 - self.alpha) * distillation
-        return loss + sum(kops.sum(penalty) for penalty in self.losses)
+        return loss + sum(self._aggregate_additional_loss(penalty) for penalty in self.losses)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         logs = super().compute_metrics(x, y, y_pred, sample_weight)
         return logs if isinstance(x, dict) else {name: v for name, v in logs.items() if name not in self._means}
 
     def _augmentations(self):
-        return self.augment.layers if isinstance(self.augment, keras.Sequential) else [self.augment]
+        plain = type(self.augment) is keras.Sequential  # a subclass may do more than its layers
+        return self.augment.layers if plain else [self.augment]  # type: ignore[attr-defined]
 
     def get_config(self) -> dict[str, Any]:
         names = (
@@ -367,12 +423,12 @@ class _CrossEntropy(keras.losses.Loss):
 class _Distillation(keras.losses.Loss):
     """`distillation_loss` averaged as Keras averages losses: weighted, and over the replicas of a strategy."""
 
-    def __init__(self, temperature, reduction):
-        super().__init__(name="distillation", reduction=reduction)
+    def __init__(self, temperature, like):
+        super().__init__(name="distillation", reduction=like.reduction, dtype=like.dtype)
         self.temperature = temperature
 
     def call(self, teacher_logits, student_logits):
-        return distillation_loss(teacher_logits, student_logits, self.temperature)
+        return kops.cast(distillation_loss(teacher_logits, student_logits, self.temperature), self.dtype)
 
 
 def _cross_entropy(labels, logits):
@@ -383,9 +439,12 @@ def _cross_entropy(labels, logits):
             f"Labels must be integers, (batch,) or (batch, 1), or one-hot, (batch, {classes}). "
             f"Received: labels of shape {tuple(labels.shape)}."
         )
+    log_probabilities = kops.log_softmax(kops.cast(logits, "float32"), axis=-1)
     if len(labels.shape) == 1 or labels.shape[1] == 1:
-        labels = kops.one_hot(kops.cast(kops.reshape(labels, (-1,)), "int32"), classes)
-    return -kops.sum(kops.cast(labels, "float32") * kops.log_softmax(kops.cast(logits, "float32"), axis=-1), axis=-1)
+        labels = kops.cast(kops.reshape(labels, (-1,)), "int32")
+        loss = -kops.sum(kops.one_hot(labels, classes, dtype="float32") * log_probabilities, axis=-1)
+        return kops.where((labels >= 0) & (labels < classes), loss, float("nan"))  # no class: nothing to learn quietly
+    return -kops.sum(kops.cast(labels, "float32") * log_probabilities, axis=-1)
 
 
 def _check_classifier(name, model):
@@ -403,7 +462,7 @@ def _check_classifier(name, model):
         raise ValueError(
             f"`{name}` must give logits of shape (batch, classes), at least 2 classes. Received: outputs of {outputs}."
         )
-    activation = _last_activation(model)
+    activation = _last_activation(model) if hasattr(model, "operations") or isinstance(model, keras.Sequential) else ""
     if activation in ("softmax", "sigmoid", "log_softmax"):
         raise ValueError(
             f"`{name}` must give logits. Received: a model that ends in {activation}. Build it without it, with "
@@ -414,26 +473,33 @@ def _check_classifier(name, model):
 
 
 def _last_activation(model):
-    """The name of the activation in which a model ends, or of its last layer or operation, as far as can be told."""
-    layer = model
-    while inside := getattr(layer, "operations", None) or getattr(layer, "layers", None):
-        layer = inside[-1]
-    layer = getattr(layer, "layer", layer)  # of a wrapper
-    name = getattr(getattr(layer, "activation", None), "__name__", None) or type(layer).__name__
-    return {"LogSoftmax": "log_softmax"}.get(name, name.lower())
+    """The name of the activation in which a model ends, as far as can be told: of a subclassed model, it cannot."""
+    for layer in reversed(getattr(model, "operations", None) or getattr(model, "layers", [])):
+        if hasattr(layer, "operations") or isinstance(layer, keras.Sequential):
+            return _last_activation(layer)
+        layer = getattr(layer, "layer", layer)  # of a wrapper
+        name = getattr(getattr(layer, "activation", None), "__name__", None) or type(layer).__name__
+        if getattr(layer, "variables", None) or name not in ("linear", "Identity", "Flatten", "Reshape", "Dropout"):
+            return {"LogSoftmax": "log_softmax"}.get(name, name.lower())
+    return ""
 
 
 def _check_augment(augment, image_shape):
-    shape = (2, *(size or 32 for size in image_shape))
     if isinstance(augment, keras.layers.Layer):
-        output = augment(keras.KerasTensor(shape), training=True)
+        output = augment(keras.KerasTensor((None, *image_shape)), training=True).shape[1:]
     else:
-        with keras.StatelessScope():  # draws no random numbers that count
-            output = augment(kops.zeros(shape), training=True)
-    if tuple(output.shape) != shape:
+        with keras.StatelessScope() as scope:
+            output = augment(kops.zeros((2, *(size or 32 for size in image_shape))), training=True).shape[1:]
+        if scope.state_mapping:
+            raise ValueError(
+                "`augment` is a function with a state, such as that of random numbers, which the Distiller can neither "
+                f"save nor hand to the JAX backend. Received: augment={augment!r}. Make it a keras.layers.Layer, or a "
+                "keras.Sequential of layers."
+            )
+    if len(output) != len(image_shape) or any(a != b for a, b in zip(output, image_shape, strict=True) if b):
         raise ValueError(
             "`augment` must not change the shape of the images. "
-            f"Received: images of {tuple(output.shape)} for images of {shape}."
+            f"Received: images of {tuple(output)} for images of {image_shape}."
         )
 
 
@@ -446,6 +512,8 @@ def _copy_with_policy(model, policy):
         )
 
     def copy(layer):
+        if not isinstance(layer, keras.layers.Layer):
+            return type(layer).from_config(layer.get_config())
         return type(layer).from_config({**layer.get_config(), "dtype": policy})
 
     copied = keras.models.clone_model(model, clone_function=copy, recursive=True)
