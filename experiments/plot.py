@@ -25,7 +25,8 @@ SETTING = ("dataset", "model", "train_images", "epochs", "batch_size", "learning
 SETTING += ("strong", "teacher")
 OURS = ("decayed", "inherit", "teacher filter")  # the paper's own arms stand out
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the marker says it again.
-STYLES = cycler.cycler(color=["#999999", "#56B4E9", "#009E73", "#E69F00", "#D55E00"], marker=list("so^vD"))
+COLOURS = ["#999999", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#000000"]
+STYLES = cycler.cycler(color=COLOURS, marker=list("so^vDPX"))
 STAND_OUT = {"color": "#0072B2", "marker": "*", "markersize": 10, "linewidth": 2.5, "zorder": 3}
 
 
