@@ -2,6 +2,8 @@
 
 import keras
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 EXACT = ("test_image_ops", "test_augment")  # what they claim to the bit must hold as a user's program is compiled
 
@@ -33,6 +35,25 @@ def fresh():
     policy = keras.config.dtype_policy()
     yield
     keras.config.set_dtype_policy(policy)
+
+
+@pytest.fixture(scope="session")
+def smoke_run():
+    """`smoke_run(figure, folder, **flags)` runs a figure's script on the digits with --smoke; returns its rows.
+
+    Everything it writes lies below `folder`.
+    """
+    from experiments import common
+
+    def run(figure, folder, **changes):
+        given = {"dataset": "digits", "smoke": True, "checkpoints": folder / "checkpoints"}
+        given |= {"results": folder / "rows.jsonl"} | changes
+        with flagsaver.flagsaver():
+            flags.FLAGS(["test", *(f"--{name}={value}" for name, value in given.items())])
+            figure.main([])
+        return common.read_rows(given["results"])
+
+    return run
 
 
 def _has_gpu() -> bool:

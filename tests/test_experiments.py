@@ -21,33 +21,11 @@ from experiments import fig3_magnitude_decay as fig3
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-@pytest.fixture(autouse=True)
-def _parsed_flags():
-    with flagsaver.flagsaver():
-        flags.FLAGS(["test"])
-        yield
-
-
-def start(folder, **changes):
-    """Runs Figure 3 on the digits with --smoke and everything below `folder`; returns its rows."""
-    given = {
-        "dataset": "digits",
-        "smoke": True,
-        "results": folder / "rows.jsonl",
-        "checkpoints": folder / "checkpoints",
-    }
-    given |= changes
-    flags.FLAGS(["test", *(f"--{name}={value}" for name, value in given.items())])
-    fig3.main([])
-    return common.read_rows(given["results"])
-
-
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
+def smoke(tmp_path_factory, smoke_run):
     """Folder and rows of a first call with --smoke."""
     folder = tmp_path_factory.mktemp("smoke")
-    with flagsaver.flagsaver():
-        return folder, start(folder)
+    return folder, smoke_run(fig3, folder)
 
 
 def test_smoke_leaves_rows_and_figure(smoke):
@@ -70,11 +48,11 @@ def test_smoke_leaves_rows_and_figure(smoke):
     assert not list(folder.glob("checkpoints/*/state.npz"))  # a finished run keeps its network, not its optimizer
 
 
-def test_second_call_has_nothing_to_do_and_prints_the_table(smoke, monkeypatch, capsys):
+def test_second_call_has_nothing_to_do_and_prints_the_table(smoke, monkeypatch, capsys, smoke_run):
     folder, rows = smoke
     before = (folder / "rows.jsonl").read_bytes()
     monkeypatch.setattr(common, "train", None)
-    assert start(folder) == rows
+    assert smoke_run(fig3, folder) == rows
     assert (folder / "rows.jsonl").read_bytes() == before
     assert "| decayed |" in capsys.readouterr().out
 
@@ -97,7 +75,7 @@ app.run(fig3.main)
 """
 
 
-def test_run_killed_in_a_pruning_stage_goes_on_to_the_same_result_bit_for_bit(smoke, tmp_path, monkeypatch):
+def test_run_killed_in_a_pruning_stage_goes_on_to_the_same_result_bit_for_bit(smoke, tmp_path, monkeypatch, smoke_run):
     folder, expected_rows = smoke
     for dense in folder.glob("checkpoints/*arm=M=14*"):
         shutil.copytree(dense, tmp_path / "checkpoints" / dense.name)
@@ -110,7 +88,7 @@ def test_run_killed_in_a_pruning_stage_goes_on_to_the_same_result_bit_for_bit(sm
     epochs, fit = [], common.keras.Sequential.fit
     monkeypatch.setattr(common.keras.Sequential, "fit", lambda *args, **kwargs: epochs.append(fit(*args, **kwargs)))
     monkeypatch.setitem(fig3.SMOKE, "arms", ("decayed",))
-    rows = start(tmp_path)
+    rows = smoke_run(fig3, tmp_path)
     assert len(epochs) == 1  # the second of two
     for row, expected in zip(rows, expected_rows[-2:], strict=True):
         assert row | {"seconds": 0} == expected | {"seconds": 0}
@@ -133,16 +111,16 @@ def test_run_killed_in_a_pruning_stage_goes_on_to_the_same_result_bit_for_bit(sm
         ({"batch_size": 65}, "`batch_size` must be at most 64"),
     ],
 )
-def test_impossible_settings_are_errors_before_any_training(tmp_path, monkeypatch, changes, message):
+def test_impossible_settings_are_errors_before_any_training(tmp_path, monkeypatch, changes, message, smoke_run):
     monkeypatch.setattr(common, "train", None)
     monkeypatch.chdir(ROOT)
     with pytest.raises((ValueError, OSError)) as error:
-        start(tmp_path, **changes)
+        smoke_run(fig3, tmp_path, **changes)
     assert message in str(error.value)
 
 
 def test_unknown_data_set_is_refused_by_its_flag():
-    with pytest.raises(flags.IllegalFlagValueError, match=r"<digits\|cifar10\|cifar100>"):
+    with flagsaver.flagsaver(), pytest.raises(flags.IllegalFlagValueError, match=r"<digits\|cifar10\|cifar100>"):
         flags.FLAGS(["test", "--dataset=mnist"])
 
 
@@ -212,8 +190,9 @@ def test_plot_needs_rows_and_nothing_else(tmp_path):
     rows = [row | {"figure": "fig3"} for row in rows_of("none", [0.5, 0.6]) + rows_of("decayed", [0.6])]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags.FLAGS(["test", f"--results={path}", f"--out={tmp_path}/figures/fig3.png"])
-    plot.main([])
+    with flagsaver.flagsaver():
+        flags.FLAGS(["test", f"--results={path}", f"--out={tmp_path}/figures/fig3.png"])
+        plot.main([])
     assert (tmp_path / "figures" / "fig3.png").read_bytes().startswith(b"\x89PNG")
 
 

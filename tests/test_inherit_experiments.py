@@ -10,7 +10,6 @@ import keras
 import numpy as np
 import pytest
 from absl import flags
-from absl.testing import flagsaver
 
 import kerascompress as kc
 from experiments import common, plot
@@ -18,27 +17,6 @@ from experiments import fig4_inherit_pruning as fig4
 from experiments import fig6_inherit_layers as fig6
 
 ROOT = pathlib.Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True)
-def _parsed_flags():
-    with flagsaver.flagsaver():
-        flags.FLAGS(["test"])
-        yield
-
-
-def start(figure, folder, **changes):
-    """Runs a figure on the digits with --smoke and everything below `folder`; returns its rows."""
-    given = {
-        "dataset": "digits",
-        "smoke": True,
-        "results": folder / "rows.jsonl",
-        "checkpoints": folder / "checkpoints",
-    }
-    given |= changes
-    flags.FLAGS(["test", *(f"--{name}={value}" for name, value in given.items())])
-    figure.main([])
-    return common.read_rows(given["results"])
 
 
 @pytest.fixture
@@ -70,10 +48,10 @@ def one_layer(study, seed):
     return keras.Sequential([keras.Input(study.data.input_shape), *layers])
 
 
-def test_figure_4_trains_each_stage_once_for_all_arms_and_ratios(tmp_path, trained, monkeypatch):
+def test_figure_4_trains_each_stage_once_for_all_arms_and_ratios(tmp_path, trained, monkeypatch, smoke_run):
     monkeypatch.setattr(common.Study, "build_model", one_layer)
     monkeypatch.setitem(fig4.SMOKE, "arms", tuple(fig4.ARMS))
-    rows = start(fig4, tmp_path, sparsities="0.4,0.8")
+    rows = smoke_run(fig4, tmp_path, sparsities="0.4,0.8")
     dense = ["M=14x2", "M=nonex2", "M=8x2", "M=1x2"]
     retrained = [
         f"{first}+{stages}"
@@ -103,16 +81,16 @@ def test_figure_4_trains_each_stage_once_for_all_arms_and_ratios(tmp_path, train
     assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
 
     trained.clear()
-    assert start(fig4, tmp_path, sparsities="0.4,0.8") == rows
+    assert smoke_run(fig4, tmp_path, sparsities="0.4,0.8") == rows
     assert not trained
-    start(fig4, tmp_path, sparsities="0.4", strong=20)  # other strong stages; of the arms, Baseline-B has none
+    smoke_run(fig4, tmp_path, sparsities="0.4", strong=20)  # other strong stages; of the arms, Baseline-B has none
     assert len(trained) == 8
     assert not [stages for stages in trained if "M=14" in stages]
 
 
-def test_figure_6_charges_every_arm_for_the_same_number_of_epochs(tmp_path, trained, monkeypatch):
+def test_figure_6_charges_every_arm_for_the_same_number_of_epochs(tmp_path, trained, monkeypatch, smoke_run):
     monkeypatch.setitem(fig6.SMOKE, "arms", tuple(fig6.ARMS))
-    rows = start(fig6, tmp_path)
+    rows = smoke_run(fig6, tmp_path)
     assert [(row["arm"], row["magnitude"], row["total_epochs"], row["stages"]) for row in rows] == [
         ("inherit", 14, 4, ["extend=4", "M=22x2", "discard", "M=14x2"]),
         ("baseline-a", 14, 4, ["extend=4", "discard", "M=22x2", "M=14x2"]),
@@ -145,12 +123,12 @@ def only_retrained(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def retrained(tmp_path_factory):
+def retrained(tmp_path_factory, smoke_run):
     """Folder and row of an arm with two stages of retraining, of two epochs each."""
     folder = tmp_path_factory.mktemp("retrained")
-    with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as monkeypatch:
+    with pytest.MonkeyPatch.context() as monkeypatch:
         only_retrained(monkeypatch)
-        return folder, start(fig4, folder, epochs=4)
+        return folder, smoke_run(fig4, folder, epochs=4)
 
 
 def weights_of(folder, stages):
@@ -193,7 +171,9 @@ app.run(fig4.main)
 """
 
 
-def test_run_killed_in_its_last_stage_goes_on_to_the_same_result_bit_for_bit(retrained, tmp_path, monkeypatch):
+def test_run_killed_in_its_last_stage_goes_on_to_the_same_result_bit_for_bit(
+    retrained, tmp_path, monkeypatch, smoke_run
+):
     folder, expected = retrained
     for stage in folder.glob("checkpoints/*"):
         if "M=8x2" not in stage.name:
@@ -207,7 +187,7 @@ def test_run_killed_in_its_last_stage_goes_on_to_the_same_result_bit_for_bit(ret
     epochs, fit = [], keras.Sequential.fit
     monkeypatch.setattr(keras.Sequential, "fit", lambda *args, **kwargs: epochs.append(fit(*args, **kwargs)))
     only_retrained(monkeypatch)
-    rows = start(fig4, tmp_path, epochs=4)
+    rows = smoke_run(fig4, tmp_path, epochs=4)
     assert len(epochs) == 1  # the second of two
     assert [row | {"seconds": 0} for row in rows] == [row | {"seconds": 0} for row in expected]
     last = "M=nonex4+prune=0.4+M=14x2+M=8x2"
@@ -226,9 +206,9 @@ def test_run_killed_in_its_last_stage_goes_on_to_the_same_result_bit_for_bit(ret
         (fig6, {"model": "resnet14"}, "`model` must be one of resnet8, resnet20, mobilenet_v2, shufflenet_v2"),
     ],
 )
-def test_impossible_settings_are_errors_before_any_training(tmp_path, trained, figure, changes, message):
+def test_impossible_settings_are_errors_before_any_training(tmp_path, trained, figure, changes, message, smoke_run):
     with pytest.raises((ValueError, flags.IllegalFlagValueError)) as error:
-        start(figure, tmp_path, **changes)
+        smoke_run(figure, tmp_path, **changes)
     assert message in str(error.value)
     assert not trained
 

@@ -3,8 +3,6 @@
 import keras
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
 from experiments import common
 from experiments import fig7_teacher_filter as fig7
@@ -12,29 +10,8 @@ from experiments import fig7_teacher_filter as fig7
 SECONDS = {"seconds": 0, "seconds_per_epoch": 0}
 
 
-@pytest.fixture(autouse=True)
-def _parsed_flags():
-    with flagsaver.flagsaver():
-        flags.FLAGS(["test"])
-        yield
-
-
-def start(folder, **changes):
-    """Runs Figure 7 on the digits with --smoke and everything below `folder`; returns its rows."""
-    given = {
-        "dataset": "digits",
-        "smoke": True,
-        "results": folder / "rows.jsonl",
-        "checkpoints": folder / "checkpoints",
-    }
-    given |= changes
-    flags.FLAGS(["test", *(f"--{name}={value}" for name, value in given.items())])
-    fig7.main([])
-    return common.read_rows(given["results"])
-
-
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
+def smoke(tmp_path_factory, smoke_run):
     """Folder and rows of a first call with --smoke that was killed within its second distillation, and called again."""
     folder = tmp_path_factory.mktemp("smoke")
     save, saved = common.save_arrays, []
@@ -45,18 +22,18 @@ def smoke(tmp_path_factory):
         if sum("arm=teacher filter" in name for name in saved) == 1:
             raise KeyboardInterrupt
 
-    with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as monkeypatch:
+    with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(common, "save_arrays", save_and_die)
         with pytest.raises(KeyboardInterrupt):
-            start(folder)
+            smoke_run(fig7, folder)
     keras.utils.clear_session()
-    with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as monkeypatch:
+    with pytest.MonkeyPatch.context() as monkeypatch:
         trained = []
         train = common.train
         monkeypatch.setattr(
             common, "train", lambda run, *args, **kwargs: trained.append(run.arm) or train(run, *args, **kwargs)
         )
-        rows = start(folder)
+        rows = smoke_run(fig7, folder)
         assert trained == ["teacher filter"]  # neither the teacher nor the finished run again
     return folder, rows
 
@@ -75,10 +52,10 @@ def test_smoke_leaves_rows_and_two_pictures(smoke):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_killed_distillation_goes_on_to_the_same_result_bit_for_bit(smoke, tmp_path, monkeypatch):
+def test_a_killed_distillation_goes_on_to_the_same_result_bit_for_bit(smoke, tmp_path, monkeypatch, smoke_run):
     folder, rows = smoke
     monkeypatch.setitem(fig7.SMOKE, "arms", ("teacher filter",))
-    (row,) = start(tmp_path)
+    (row,) = smoke_run(fig7, tmp_path)
     assert row | SECONDS == rows[1] | SECONDS
     (done,) = tmp_path.glob("checkpoints/*teacher filter*/done.npz")
     _, weights = common.load_arrays(done, "weights")
@@ -87,11 +64,11 @@ def test_a_killed_distillation_goes_on_to_the_same_result_bit_for_bit(smoke, tmp
         np.testing.assert_array_equal(array, expected_array)
 
 
-def test_second_call_has_nothing_to_do_and_says_what_selecting_costs(smoke, monkeypatch, capsys):
+def test_second_call_has_nothing_to_do_and_says_what_selecting_costs(smoke, monkeypatch, capsys, smoke_run):
     folder, rows = smoke
     before = (folder / "rows.jsonl").read_bytes()
     monkeypatch.setattr(common, "train", None)
-    assert start(folder) == rows
+    assert smoke_run(fig7, folder) == rows
     assert (folder / "rows.jsonl").read_bytes() == before
     printed = capsys.readouterr().out
     assert "| teacher filter |" in printed
@@ -131,7 +108,7 @@ def test_a_teacher_from_a_file_is_known_by_its_content(tmp_path):
         ({"augmenter": "keras_cv"}, "Leave --augmenter"),
     ],
 )
-def test_impossible_settings_are_errors_before_any_training(tmp_path, monkeypatch, changes, message):
+def test_impossible_settings_are_errors_before_any_training(tmp_path, monkeypatch, changes, message, smoke_run):
     monkeypatch.setattr(common, "train", None)
     with pytest.raises((ValueError, OSError), match=message):
-        start(tmp_path, **changes)
+        smoke_run(fig7, tmp_path, **changes)
