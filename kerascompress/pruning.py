@@ -354,9 +354,19 @@ def update_global_masks(wrappers: list[PruneLowMagnitude], sparsity: float) -> N
     weights = [_numpy(kernel).astype("float32") for kernel, _, _ in variables]
     flat_mask, new_threshold = magnitude_mask(np.concatenate([each.ravel() for each in weights]), sparsity)
     ends = np.cumsum([each.size for each in weights])[:-1]
-    for (_, mask, threshold), part in zip(variables, np.split(flat_mask, ends), strict=True):
+    gone = []
+    for (kernel, mask, threshold), part in zip(variables, np.split(flat_mask, ends), strict=True):
+        if not part.any() and _numpy(mask).any():
+            gone.append(kernel.path)
         mask.assign(part.reshape(mask.shape))
         threshold.assign(new_threshold)
+    if gone:
+        warnings.warn(
+            f"Global pruning to a sparsity of {sparsity:.2f} leaves nothing of {gone}: their weights are smaller than "
+            "all others. Without one of its layers a network may compute a constant. Train the dense network before it "
+            "is pruned, prune less, or use scope='layer'.",
+            stacklevel=2,
+        )
 
 
 # --- models ---

@@ -189,6 +189,7 @@ def test_a_magnitude_mask_keeps_the_largest_and_the_number_tfmots_formula_says(s
 # --- global scope ---
 
 
+@pytest.mark.filterwarnings("ignore:Global pruning to a sparsity of .* leaves nothing of")
 @pytest.mark.parametrize("p", [0.2, 0.5, 0.8, 0.99])
 def test_global_masks_equal_numpy_partition_over_all_kernels(p):
     dense = small_net()
@@ -206,6 +207,17 @@ def test_global_masks_equal_numpy_partition_over_all_kernels(p):
     for kernel, value in zip(pruning._effective_kernels(pruned, set()), raw, strict=True):
         np.testing.assert_array_equal(kernel, np.where(np.abs(value) >= threshold, value, 0))
     assert abs(kc.sparsity(pruned) - p) <= 1 / magnitudes.size
+
+
+def test_global_pruning_says_once_which_kernel_it_has_removed_altogether():
+    dense = small_net()
+    head = dense.get_layer("head").kernel
+    head.assign(1e-3 * head)
+    pruned = compile_(kc.prune_low_magnitude(dense, kc.ConstantSparsity(0.8, 0, frequency=1), scope="global"))
+    with pytest.warns(UserWarning, match=r"sparsity of 0.80 leaves nothing of \['head/kernel'\].*Train the dense"):
+        fit(pruned)
+    assert kc.sparsity(pruned.get_layer("prune_low_magnitude_head")) == 1
+    fit(pruned)  # a second warning would be an error
 
 
 def test_two_scopes_in_one_model_do_not_mix():
