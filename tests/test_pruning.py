@@ -554,6 +554,7 @@ def zoo() -> keras.Model:
     return keras.Model(tokens, head(sequence) * 2.0)
 
 
+@pytest.mark.filterwarnings("ignore:Global pruning to a sparsity of .* leaves nothing of")  # it is new
 def test_every_kind_of_layer_prunes_trains_saves_and_strips_in_a_nested_model(tmp_path):
     model = zoo()
     tokens, targets = np.random.default_rng(0).integers(0, 20, (32, 6)), np.zeros((32, 3), "float32")
