@@ -14,6 +14,10 @@ import kerascompress as kc
 from kerascompress import pruning
 
 
+# Untrained or badly scaled kernels that one threshold may remove altogether, of which a warning tells.
+collapses = pytest.mark.filterwarnings("ignore:Global pruning to a sparsity of .* leaves nothing of")
+
+
 @pytest.fixture(scope="module")
 def tfmot():
     """The real tfmot on Keras 2, imported as kerascompress imports it."""
@@ -189,7 +193,7 @@ def test_a_magnitude_mask_keeps_the_largest_and_the_number_tfmots_formula_says(s
 # --- global scope ---
 
 
-@pytest.mark.filterwarnings("ignore:Global pruning to a sparsity of .* leaves nothing of")
+@collapses
 @pytest.mark.parametrize("p", [0.2, 0.5, 0.8, 0.99])
 def test_global_masks_equal_numpy_partition_over_all_kernels(p):
     dense = small_net()
@@ -554,7 +558,7 @@ def zoo() -> keras.Model:
     return keras.Model(tokens, head(sequence) * 2.0)
 
 
-@pytest.mark.filterwarnings("ignore:Global pruning to a sparsity of .* leaves nothing of")  # it is new
+@collapses
 def test_every_kind_of_layer_prunes_trains_saves_and_strips_in_a_nested_model(tmp_path):
     model = zoo()
     tokens, targets = np.random.default_rng(0).integers(0, 20, (32, 6)), np.zeros((32, 3), "float32")
