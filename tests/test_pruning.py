@@ -13,7 +13,6 @@ from keras import layers
 import kerascompress as kc
 from kerascompress import pruning
 
-
 # Untrained or badly scaled kernels that one threshold may remove altogether, of which a warning tells.
 collapses = pytest.mark.filterwarnings("ignore:Global pruning to a sparsity of .* leaves nothing of")
 
