@@ -8,17 +8,11 @@ __version__ = "0.1.0"
 from typing import Any
 
 from kerascompress import models
-from kerascompress.augment import MagnitudeScheduler, RandAugment, RandomCrop
+from kerascompress.augment import RandAugment, RandomCrop
+from kerascompress.callbacks import MagnitudeScheduler, PruningSummaries, UpdatePruningStep
 from kerascompress.distill import Distiller, distillation_loss, select_candidates
 from kerascompress.export import export_litert, export_saved_model
-from kerascompress.pruning import (
-    PruneLowMagnitude,
-    PruningSummaries,
-    UpdatePruningStep,
-    prune_low_magnitude,
-    sparsity,
-    strip_pruning,
-)
+from kerascompress.pruning import PruneLowMagnitude, prune_low_magnitude, sparsity, strip_pruning
 from kerascompress.schedules import SparsityLinkedMagnitude
 from kerascompress.schemes import baseline_a, baseline_b, discard, extend, inherit
 from kerascompress.search import search_magnitude, validation_score

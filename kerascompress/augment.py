@@ -11,7 +11,6 @@ import numpy as np
 from keras import ops as kops
 
 from kerascompress import image_ops
-from kerascompress.schedules import StepCallback
 
 _KINDS = ("identity", "table", "warp", "pixels")
 
@@ -331,63 +330,6 @@ class RandomCrop(_Augmentation):
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "padding": self.padding, "fill_value": self.fill_value, "seed": self.seed}
-
-
-class MagnitudeScheduler(StepCallback):
-    """Assigns `schedule(step)` to the magnitude of an augmentation as a model trains; `step` counts optimizer updates.
-
-    Args:
-        augment: A layer with a scalar variable `magnitude`, such as `RandAugment`. It need not be a part of the model.
-        schedule: `step -> magnitude` in [0, 30], such as `SparsityLinkedMagnitude`.
-
-    Raises:
-        TypeError: If `schedule` is not callable, or `augment` has no variable `magnitude`.
-        ValueError: If the magnitude of `augment` is a `(low, high)` pair, or the schedule leaves [0, 30].
-
-    Example:
-        >>> augment = RandAugment(magnitude=14)
-        >>> weaken = MagnitudeScheduler(augment, lambda step: 14 if step < 1000 else 4)
-    """
-
-    def __init__(self, augment: Any, schedule: Callable[[int], float]):
-        super().__init__()
-        if not callable(schedule):
-            raise TypeError(
-                "`schedule` must be a function of the step that returns a magnitude. "
-                f"Received: schedule={schedule!r}. For a constant, set `augment.magnitude` once."
-            )
-        if not hasattr(getattr(augment, "magnitude", None), "assign"):
-            raise TypeError(
-                "`augment` must have a variable `magnitude`, as `kerascompress.RandAugment` has. "
-                f"Received: augment={augment!r}."
-            )
-        if tuple(augment.magnitude.shape) != ():
-            raise ValueError(
-                "`augment` draws its magnitude from a (low, high) pair, a schedule gives one number. Received: "
-                f"augment={augment!r} with a magnitude of shape {tuple(augment.magnitude.shape)}. "
-                "Construct it with one magnitude, or assign the pair in a callback of your own."
-            )
-        self.augment = augment
-        self.schedule = schedule
-        self._assigned: float | None = None
-
-    def on_train_begin(self, logs=None):
-        self._assigned = None  # somebody else may have assigned since the last fit
-        super().on_train_begin(logs)
-
-    def on_step(self, step: int) -> None:
-        magnitude = float(self.schedule(step))
-        if not 0 <= magnitude <= 30:
-            raise ValueError(
-                "`schedule` must return magnitudes in [0, 30], the paper's scale. "
-                f"Received: {magnitude} at step {step}. If yours is a fraction, multiply it by 30."
-            )
-        if magnitude != self._assigned:
-            _ = (
-                self.model
-            )  # brings the variables back from the train loop on the JAX backend, which would overwrite them
-            self.augment.magnitude.assign(magnitude)
-            self._assigned = magnitude
 
 
 def apply(

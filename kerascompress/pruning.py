@@ -4,8 +4,6 @@ A wrapper masks its layer's kernels in the forward pass; a callback recomputes t
 schedule says. The masks are arithmetic on NumPy arrays, so that they are the same on every backend.
 """
 
-import importlib.util
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,77 +13,11 @@ import numpy as np
 from keras import layers, ops
 
 from kerascompress import schedules
-from kerascompress.schedules import Schedule, StepCallback, check_schedule, evaluate
+from kerascompress.masks import PRUNABLE_KERNELS, block_mask, m_by_n_mask, magnitude_mask
+from kerascompress.schedules import Schedule, check_schedule
 
 SCOPES = ("layer", "global")
 POOLING_TYPES = ("AVG", "MAX")
-
-# Kind of layer -> attributes that hold its prunable kernels. Biases and normalisation never appear here.
-PRUNABLE_KERNELS: dict[type, tuple[str, ...]] = {
-    layers.Dense: ("kernel",),
-    layers.EinsumDense: ("kernel",),
-    layers.Conv1D: ("kernel",),
-    layers.Conv2D: ("kernel",),
-    layers.Conv3D: ("kernel",),
-    layers.Conv1DTranspose: ("kernel",),
-    layers.Conv2DTranspose: ("kernel",),
-    layers.Conv3DTranspose: ("kernel",),
-    layers.DepthwiseConv1D: ("kernel",),
-    layers.DepthwiseConv2D: ("kernel",),
-    layers.SeparableConv1D: ("depthwise_kernel", "pointwise_kernel"),
-    layers.SeparableConv2D: ("depthwise_kernel", "pointwise_kernel"),
-    layers.Embedding: ("embeddings",),
-    layers.SimpleRNNCell: ("kernel", "recurrent_kernel"),
-    layers.GRUCell: ("kernel", "recurrent_kernel"),
-    layers.LSTMCell: ("kernel", "recurrent_kernel"),
-}
-
-
-# --- masks: arithmetic on arrays ---
-
-
-def magnitude_mask(weights: np.ndarray, sparsity: float) -> tuple[np.ndarray, np.floating]:
-    """Keeps the largest magnitudes: `(mask, threshold)`, with tfmot's rounding; ties with the threshold are kept."""
-    magnitudes = np.abs(weights)
-    # float32, because tfmot computes in it: 5 weights at sparsity 0.3 are 3.5 in float32 and 3.4999 in float64.
-    keep = int(np.round(np.float32(magnitudes.size) * (np.float32(1) - np.float32(sparsity))))
-    keep = min(max(keep, 1), magnitudes.size)
-    threshold = np.partition(magnitudes, magnitudes.size - keep, axis=None)[magnitudes.size - keep]
-    return magnitudes >= threshold, threshold
-
-
-def block_mask(
-    weights: np.ndarray, sparsity: float, *, block_size: tuple[int, int], pooling_type: str
-) -> tuple[np.ndarray, np.floating]:
-    """Keeps the blocks of a 2-D kernel whose average or maximal magnitude is largest: `(mask, threshold)`."""
-    height, width = block_size
-    # tfmot pools with TensorFlow's "SAME" padding, half of the overhang before the first row, although the blocks of
-    # its mask begin at the first row; padding takes no part in an average.
-    overhang = [-size % block for size, block in zip(weights.shape, block_size, strict=True)]
-    padding = [(each // 2, each - each // 2) for each in overhang]
-
-    def in_blocks(array):
-        padded = np.pad(array, padding)
-        return padded.reshape(padded.shape[0] // height, height, padded.shape[1] // width, width)
-
-    if pooling_type == "MAX":
-        pooled = in_blocks(np.abs(weights)).max(axis=(1, 3))
-    else:
-        pooled = in_blocks(np.abs(weights)).sum(axis=(1, 3)) / in_blocks(np.ones_like(weights)).sum(axis=(1, 3))
-    mask, threshold = magnitude_mask(pooled, sparsity)
-    return np.repeat(np.repeat(mask, height, 0), width, 1)[: weights.shape[0], : weights.shape[1]], threshold
-
-
-def m_by_n_mask(weights: np.ndarray, m: int, n: int) -> np.ndarray:
-    """Zeroes the m smallest of every n weights along the last axis but one, the last in LiteRT's layout."""
-    by_output = np.moveaxis(np.abs(weights), -1, 0)  # dense (out, in), convolution (out, height, width, in)
-    size = by_output.shape[-1]
-    padded = np.pad(by_output, [(0, 0)] * (weights.ndim - 1) + [(0, -size % n)])
-    groups = padded.reshape(-1, n)
-    mask = np.zeros(groups.shape, bool)
-    np.put_along_axis(mask, np.argsort(-groups, axis=1, kind="stable")[:, : n - m], True, axis=1)
-    return np.moveaxis(mask.reshape(padded.shape)[..., :size], 0, -1)
-
 
 # --- the wrapper ---
 
@@ -513,155 +445,6 @@ def sparsity(model: keras.Layer) -> float:
     return float((weights - sum(np.count_nonzero(kernel) for kernel in kernels)) / weights)
 
 
-# --- callbacks ---
-
-
-class UpdatePruningStep(StepCallback):
-    """Drives the pruned layers of a model through its training: required in `fit`, as in tfmot.
-
-    Counts the optimizer's updates and, whenever a step at which a schedule prunes lies between the last batch and this
-    one, recomputes the masks; so `steps_per_execution` may be anything. If the schedule has an `end_step`, there is an
-    update at that very step even when the frequency misses it. Step 0 lies before the first batch. A model that was
-    saved and loaded goes on where it was.
-
-    Example:
-        >>> import keras, numpy as np, kerascompress as kc
-        >>> dense = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
-        >>> pruned = kc.prune_low_magnitude(dense, pruning_schedule=kc.ConstantSparsity(0.75, begin_step=0))
-        >>> pruned.compile("sgd", "mse")
-        >>> images, targets = np.ones((16, 8), "float32"), np.ones((16, 4), "float32")
-        >>> _ = pruned.fit(images, targets, verbose=0, callbacks=[kc.UpdatePruningStep()])
-        >>> kc.sparsity(pruned)
-        0.75
-    """
-
-    def on_train_begin(self, logs=None):
-        self._groups: dict[Any, list[PruneLowMagnitude]] = {}
-        for wrapper in _wrappers(self.model):
-            wrapper._is_driven = True
-            if wrapper.built:
-                wrapper.sync_step()
-            self._groups.setdefault(_group(wrapper), []).append(wrapper)
-        if not self._groups:
-            warnings.warn(f"`UpdatePruningStep`: model {self.model.name!r} has no pruned layer to drive.", stacklevel=2)
-        self._optimizer_step: int | None = None
-        super().on_train_begin(logs)
-
-    def on_epoch_begin(self, epoch, logs=None):
-        super().on_epoch_begin(epoch, logs)
-        self._optimizer_step = self._batches // self._accumulation
-        for wrappers in self._groups.values():
-            for wrapper in wrappers:
-                if wrapper.built:
-                    wrapper.sync_step()  # a callback after this one may have restored weights
-
-    def on_step(self, step):
-        updates = 0 if self._optimizer_step is None else step - self._optimizer_step
-        self._optimizer_step = step
-        for wrappers in self._groups.values():
-            if not all(wrapper.built for wrapper in wrappers):
-                continue  # a model without an input shape is built by its first batch; step 0 is then made up for
-            last = wrappers[0].step
-            now = max(last, 0) + updates
-            for wrapper in wrappers:
-                wrapper.step = now
-            self._maybe_update(wrappers, last, now)
-
-    def on_epoch_end(self, epoch, logs=None):
-        _ = self.model  # on JAX: brings the state back before it is changed
-        for wrappers in self._groups.values():
-            for wrapper in wrappers:
-                wrapper.settle()
-
-    def on_train_end(self, logs=None):
-        self.on_epoch_end(None)
-
-    def _maybe_update(self, wrappers, last: int, now: int) -> None:
-        """Updates the masks if a scheduled step lies in (last, now]."""
-        schedule = wrappers[0].pruning_schedule
-        if wrappers[0].sparsity_m_by_n:
-            due = (0, 0.0) if last < 0 else None
-        else:
-            due = _last_due(schedule, last, now)
-        if due is None:
-            return
-        step, target = due
-        if not 0 <= target < 1:
-            raise ValueError(
-                "A pruning schedule must return a sparsity in [0, 1), a fraction of zeros. "
-                f"Received: {target} at step {step} from {schedule!r}. If yours are percent, divide them by 100."
-            )
-        _ = self.model  # on JAX: brings the state back before it is read and changed
-        if wrappers[0].scope == "global":
-            update_global_masks(wrappers, target)
-        else:
-            for wrapper in wrappers:
-                wrapper.update_masks(target)
-        for wrapper in wrappers:
-            wrapper.settle()
-
-
-def _last_due(schedule: Any, last: int, now: int) -> tuple[int, float] | None:
-    """The last step in (last, now] at which the schedule prunes or ends, with its sparsity."""
-    end_step = getattr(schedule, "end_step", -1)
-    for step in range(now, last, -1):
-        if type(schedule).__module__.startswith("tensorflow_model_optimization.") and step != end_step:
-            # Asking tfmot costs a fraction of a millisecond each step; the same arithmetic on integers does not.
-            past = step - schedule.begin_step
-            if past < 0 or past % schedule.frequency or 0 <= end_step < step:
-                continue
-        should_prune, sparsity = evaluate(schedule, step)
-        if should_prune or step == end_step:
-            return step, sparsity
-    return None
-
-
-class PruningSummaries(keras.callbacks.TensorBoard):
-    """TensorBoard with the sparsity and the threshold of every pruned kernel, and the sparsity of all, at each epoch.
-
-    Args:
-        log_dir: Folder for the event files; the pruning scalars go to its subfolder `metrics`, by the optimizer's step.
-        update_freq, **kwargs: See `keras.callbacks.TensorBoard`.
-
-    Raises:
-        ValueError: If `log_dir` is not a non-empty path.
-        ImportError: If TensorBoard is not installed.
-
-    Example:
-        >>> import kerascompress as kc
-        >>> callbacks = [kc.UpdatePruningStep(), kc.PruningSummaries(log_dir="logs")]
-    """
-
-    def __init__(self, log_dir: str, update_freq="epoch", **kwargs):
-        if not isinstance(log_dir, (str, os.PathLike)) or not str(log_dir):
-            raise ValueError(f"`log_dir` must be a non-empty path. Received: log_dir={log_dir!r}.")
-        if importlib.util.find_spec("tensorboard") is None:
-            raise ImportError("`PruningSummaries` needs TensorBoard, which is not there: `pip install tensorboard`.")
-        super().__init__(log_dir=str(log_dir), update_freq=update_freq, **kwargs)
-        self._pruning_writer: Any = None
-
-    def on_epoch_end(self, epoch, logs=None):
-        import tensorflow as tf
-
-        super().on_epoch_end(epoch, logs)
-        if self._pruning_writer is None:
-            self._pruning_writer = tf.summary.create_file_writer(os.path.join(self.log_dir, "metrics"))
-        step = int(ops.convert_to_numpy(self.model.optimizer.iterations))
-        with self._pruning_writer.as_default():
-            for wrapper in _wrappers(self.model):
-                for kernel, mask, threshold in wrapper.pruning_vars:
-                    tf.summary.scalar(f"{kernel.path}/sparsity", 1 - np.mean(_numpy(mask)), step=step)
-                    tf.summary.scalar(f"{kernel.path}/threshold", float(_numpy(threshold)), step=step)
-            tf.summary.scalar("sparsity", sparsity(self.model), step=step)
-        self._pruning_writer.flush()
-
-    def on_train_end(self, logs=None):
-        super().on_train_end(logs)
-        if self._pruning_writer is not None:
-            self._pruning_writer.close()
-            self._pruning_writer = None
-
-
 # --- helpers ---
 
 
@@ -810,10 +593,3 @@ def _pair(value: Any, name: str) -> tuple[int, int]:
     if len(pair) != 2 or not all(isinstance(each, int) for each in pair):
         raise ValueError(f"`{name}` must be two integers. Received: {name}={value!r}.")
     return pair
-
-
-def _group(wrapper: PruneLowMagnitude) -> Any:
-    """Wrappers whose masks are updated together: same schedule, scope, way of pruning, and step."""
-    schedule: Any = wrapper.pruning_schedule
-    config = repr(schedule.get_config()) if hasattr(schedule, "get_config") else id(schedule)
-    return type(schedule), config, wrapper.scope, wrapper.sparsity_m_by_n is not None, wrapper.step

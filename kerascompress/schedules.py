@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import keras
 import numpy as np
 
 Schedule = Callable[[int], tuple[Any, Any]]  # step -> (should_prune, sparsity), as in tfmot
@@ -105,39 +104,3 @@ def check_schedule(schedule: Any, name: str) -> None:
             f"`step -> (should_prune, sparsity)`. Received: {name}={schedule!r} of type {type(schedule).__name__}. "
             "For one constant sparsity, pass `ConstantSparsity(sparsity, begin_step=0)`."
         )
-
-
-class StepCallback(keras.callbacks.Callback):
-    """A callback with one hook, `on_step`, that is told how many updates the optimizer has done.
-
-    Batches are counted here instead of reading `optimizer.iterations` after each of them, because on the JAX backend a
-    look at the model inside an epoch brings its whole state back out of the training loop. For the same reason a
-    subclass touches `self.model` only when it is about to read or assign a variable, and then must.
-    """
-
-    def on_step(self, step: int) -> None:
-        """Called with the optimizer updates done: when training begins, then after every call of the train step."""
-
-    def on_train_begin(self, logs=None):
-        self._uncounted = self._batches_of_epoch = 0
-        self._counted = self._read_batches()
-        self._batches = self._counted
-        self.on_step(self._batches // self._accumulation)
-
-    def on_epoch_begin(self, epoch, logs=None):
-        counted = self._read_batches()
-        if counted == self._counted:  # the model is trained by another optimizer than its own, or in a loop without one
-            self._uncounted += self._batches_of_epoch
-        self._counted, self._batches_of_epoch = counted, 0
-        self._batches = counted + self._uncounted
-
-    def on_train_batch_end(self, batch, logs=None):
-        self._batches_of_epoch = batch + 1
-        self.on_step((self._batches + self._batches_of_epoch) // self._accumulation)
-
-    def _read_batches(self) -> int:
-        optimizer = getattr(self.model, "optimizer", None)
-        optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # under a loss scale
-        self._accumulation = getattr(optimizer, "gradient_accumulation_steps", None) or 1
-        # `iterations` counts updates; this, the batches that were accumulated into them.
-        return 0 if optimizer is None else int(keras.ops.convert_to_numpy(optimizer._iterations))

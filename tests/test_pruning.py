@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from keras import layers
 
 import kerascompress as kc
-from kerascompress import pruning
+from kerascompress import callbacks, masks, pruning
 
 # Untrained or badly scaled kernels that one threshold may remove altogether, of which a warning tells.
 collapses = pytest.mark.filterwarnings("ignore:Global pruning to a sparsity of .* leaves nothing of")
@@ -182,7 +182,7 @@ def test_the_m_by_n_mask_is_set_once():
 @settings(max_examples=60, deadline=None)
 def test_a_magnitude_mask_keeps_the_largest_and_the_number_tfmots_formula_says(size, sparsity):
     weights = np.random.default_rng(size).permutation(size).astype("float32") + 1
-    mask, threshold = pruning.magnitude_mask(weights, sparsity)
+    mask, threshold = masks.magnitude_mask(weights, sparsity)
     keep = max(round(float(np.float32(size) * (np.float32(1) - np.float32(sparsity)))), 1)
     assert mask.sum() == keep
     assert threshold == np.sort(weights)[-keep]
@@ -514,7 +514,7 @@ def test_a_schedule_object_of_ones_own_stays_global_after_loading(tmp_path):
     fit(pruned)
     pruned.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert len({pruning._group(wrapper) for wrapper in pruning._wrappers(loaded)}) == 1
+    assert len({callbacks._group(wrapper) for wrapper in pruning._wrappers(loaded)}) == 1
 
 
 def test_a_subclass_of_tfmots_schedule_survives_saving(tmp_path):
@@ -666,7 +666,7 @@ def test_pruning_what_is_pruned_keeps_its_schedule_with_a_warning():
 
 
 def test_sparsity_zero_keeps_every_weight_of_a_kernel_too_large_for_float32():
-    mask, _ = pruning.magnitude_mask(np.ones(2**24 + 3, "float32"), 0.0)
+    mask, _ = masks.magnitude_mask(np.ones(2**24 + 3, "float32"), 0.0)
     assert mask.all()
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import kerascompress as kc
-from kerascompress.schedules import StepCallback, evaluate
+from kerascompress.callbacks import StepCallback
+from kerascompress.schedules import evaluate
 
 
 def run_python(code: str) -> dict:
