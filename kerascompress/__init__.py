@@ -12,6 +12,7 @@ from kerascompress.augment import RandAugment, RandomCrop
 from kerascompress.callbacks import MagnitudeScheduler, PruningSummaries, UpdatePruningStep
 from kerascompress.distill import Distiller, distillation_loss, select_candidates
 from kerascompress.export import export_litert, export_saved_model
+from kerascompress.optimizer import PruningOptimizer
 from kerascompress.pruning import PruneLowMagnitude, prune_low_magnitude, sparsity, strip_pruning
 from kerascompress.schedules import SparsityLinkedMagnitude
 from kerascompress.schemes import baseline_a, baseline_b, discard, extend, inherit
@@ -23,6 +24,7 @@ __all__ = [
     "MagnitudeScheduler",
     "PolynomialDecay",
     "PruneLowMagnitude",
+    "PruningOptimizer",
     "PruningSummaries",
     "RandAugment",
     "RandomCrop",

@@ -13,44 +13,61 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerascompress.pruning import PruneLowMagnitude, _numpy, _wrappers, sparsity, update_global_masks
-from kerascompress.schedules import evaluate
+from kerascompress.pruning import PruneLowMagnitude, _numpy, _wrappers, pruning_vars, sparsity, update_masks
+from kerascompress.schedules import last_due
 
 
 class StepCallback(keras.callbacks.Callback):
-    """A callback with one hook, `on_step`, that is told how many updates the optimizer has done.
+    """A callback with one hook, `on_step`, that is told the step of the model's clock: how many updates are done.
 
-    Batches are counted here instead of reading `optimizer.iterations` after each of them, because on the JAX backend a
-    look at the model inside an epoch brings its whole state back out of the training loop. For the same reason a
-    subclass touches `self.model` only when it is about to read or assign a variable, and then must.
+    There is one clock. It is the step that the masks follow: the `pruning_step` stored with pruned layers, or else the
+    optimizer's `iterations`; so a second `compile`, or a reload, does not part masks, magnitude and summaries.
+
+    Batches are counted here instead of reading the clock after each of them, because on the JAX backend a look at the
+    model inside an epoch brings its whole state back out of the training loop. For the same reason a subclass touches
+    `self.model` only when it is about to read or assign a variable, and then must.
+
+    In a training loop of one's own, call `set_model`, `on_train_begin`, then `on_train_batch_begin` or
+    `on_train_batch_end` or both for each batch, and `on_epoch_end`; the number of the batch may be -1, as in tfmot.
     """
 
+    _is_open = False  # between the begin and the end of a batch
+
     def on_step(self, step: int) -> None:
-        """Called with the optimizer updates done: when training begins, then after every call of the train step."""
+        """Called with the updates done: when training begins, then after every call of the train step."""
 
     def on_train_begin(self, logs=None):
-        self._uncounted = self._batches_of_epoch = 0
-        self._counted = self._read_batches()
-        self._batches = self._counted
-        self.on_step(self._batches // self._accumulation)
+        self._rebase()
+        self.on_step(self._base)
 
-    def on_epoch_begin(self, epoch, logs=None):
-        counted = self._read_batches()
-        if counted == self._counted:  # the model is trained by another optimizer than its own, or in a loop without one
-            self._uncounted += self._batches_of_epoch
-        self._counted, self._batches_of_epoch = counted, 0
-        self._batches = counted + self._uncounted
+    def on_epoch_begin(self, epoch=-1, logs=None, *, batch=-1):
+        self._batches_of_epoch = 0
+        if _clock(self.model) != self._read:  # it moved; if not, the optimizer that trains is not the model's own
+            self._rebase()
 
-    def on_train_batch_end(self, batch, logs=None):
-        self._batches_of_epoch = batch + 1
-        self.on_step((self._batches + self._batches_of_epoch) // self._accumulation)
+    def on_train_batch_begin(self, batch=-1, logs=None):
+        if self._is_open:
+            self.on_train_batch_end()
+        self._is_open = True
 
-    def _read_batches(self) -> int:
-        optimizer = getattr(self.model, "optimizer", None)
-        optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # under a loss scale
+    def on_train_batch_end(self, batch=-1, logs=None):
+        done = max(batch + 1 - self._batches_of_epoch, 1)
+        self._batches_of_epoch = batch + 1 if batch >= 0 else self._batches_of_epoch + 1
+        self._is_open = False
+        self._batches += done
+        self.on_step(self._base + self._batches // self._accumulation)
+
+    def on_epoch_end(self, epoch=-1, logs=None, *, batch=-1):
+        if self._is_open:
+            self.on_train_batch_end()
+
+    def _rebase(self):
+        self._base = self._read = _clock(self.model)
+        self._batches_of_epoch, self._is_open = 0, False
+        optimizer = _optimizers(self.model)[-1]
         self._accumulation = getattr(optimizer, "gradient_accumulation_steps", None) or 1
-        # `iterations` counts updates; this, the batches that were accumulated into them.
-        return 0 if optimizer is None else int(keras.ops.convert_to_numpy(optimizer._iterations))
+        # batches of an update that is not complete; `iterations` counts updates, this batches
+        self._batches = 0 if optimizer is None else int(_numpy(optimizer._iterations)) % self._accumulation
 
 
 class UpdatePruningStep(StepCallback):
@@ -59,7 +76,11 @@ class UpdatePruningStep(StepCallback):
     Counts the optimizer's updates and, whenever a step at which a schedule prunes lies between the last batch and this
     one, recomputes the masks; so `steps_per_execution` may be anything. If the schedule has an `end_step`, there is an
     update at that very step even when the frequency misses it. Step 0 lies before the first batch. A model that was
-    saved and loaded goes on where it was.
+    saved and loaded goes on where it was. In a training loop of your own, see `StepCallback`; tfmot's documented one
+    works as it is.
+
+    Raises:
+        ValueError: If a kernel to prune holds NaN or infinite weights, or the schedule leaves [0, 1).
 
     Example:
         >>> import keras, numpy as np, kerascompress as kc
@@ -76,25 +97,20 @@ class UpdatePruningStep(StepCallback):
         self._groups: dict[Any, list[PruneLowMagnitude]] = {}
         for wrapper in _wrappers(self.model):
             wrapper._is_driven = True
-            if wrapper.built:
-                wrapper.sync_step()
             self._groups.setdefault(_group(wrapper), []).append(wrapper)
         if not self._groups:
             warnings.warn(f"`UpdatePruningStep`: model {self.model.name!r} has no pruned layer to drive.", stacklevel=2)
-        self._optimizer_step: int | None = None
+        self._execution = getattr(self.model, "steps_per_execution", 1)
         super().on_train_begin(logs)
 
-    def on_epoch_begin(self, epoch, logs=None):
-        super().on_epoch_begin(epoch, logs)
-        self._optimizer_step = self._batches // self._accumulation
-        for wrappers in self._groups.values():
-            for wrapper in wrappers:
-                if wrapper.built:
-                    wrapper.sync_step()  # a callback after this one may have restored weights
+    def _rebase(self):
+        for wrapper in self._driven():
+            wrapper.sync_step()  # a callback after this one may have restored weights
+        super()._rebase()
+        self._then = self._base
 
     def on_step(self, step):
-        updates = 0 if self._optimizer_step is None else step - self._optimizer_step
-        self._optimizer_step = step
+        updates, self._then = step - self._then, step
         for wrappers in self._groups.values():
             if not all(wrapper.built for wrapper in wrappers):
                 continue  # a model without an input shape is built by its first batch; step 0 is then made up for
@@ -102,40 +118,35 @@ class UpdatePruningStep(StepCallback):
             now = max(last, 0) + updates
             for wrapper in wrappers:
                 wrapper.step = now
-            self._maybe_update(wrappers, last, now)
+            self._follow(wrappers, last, now)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch=-1, logs=None, *, batch=-1):
+        super().on_epoch_end(epoch, logs)
         _ = self.model  # on JAX: brings the state back before it is changed
-        for wrappers in self._groups.values():
-            for wrapper in wrappers:
-                wrapper.settle()
+        for wrapper in self._driven():
+            wrapper.settle()
+        self._read = _clock(self.model)
 
     def on_train_end(self, logs=None):
-        self.on_epoch_end(None)
+        self.on_epoch_end()
 
-    def _maybe_update(self, wrappers, last: int, now: int) -> None:
-        """Updates the masks if a scheduled step lies in (last, now]."""
+    def _driven(self):
+        return [wrapper for wrappers in self._groups.values() for wrapper in wrappers if wrapper.built]
+
+    def _follow(self, wrappers, last: int, now: int) -> None:
+        """Updates the masks if a scheduled step lies in (last, now], and zeroes what is masked."""
         schedule = wrappers[0].pruning_schedule
-        if wrappers[0].sparsity_m_by_n:
-            due = (0, 0.0) if last < 0 else None
+        if wrappers[0].rule.once:
+            due, next_due = (0, 0.0) if last < 0 else None, None
         else:
-            due = _last_due(schedule, last, now)
-        if due is None:
-            return
-        step, target = due
-        if not 0 <= target < 1:
-            raise ValueError(
-                "A pruning schedule must return a sparsity in [0, 1), a fraction of zeros. "
-                f"Received: {target} at step {step} from {schedule!r}. If yours are percent, divide them by 100."
-            )
-        _ = self.model  # on JAX: brings the state back before it is read and changed
-        if wrappers[0].scope == "global":
-            update_global_masks(wrappers, target)
-        else:
+            due = last_due(schedule, last, now)
+            next_due = last_due(schedule, now, now + self._execution)
+        if due or next_due or keras.backend.backend() != "jax":
+            _ = self.model  # on JAX: brings the state back before it is read and changed
+            if due:
+                update_masks(wrappers, due[1])
             for wrapper in wrappers:
-                wrapper.update_masks(target)
-        for wrapper in wrappers:
-            wrapper.settle()
+                wrapper.settle()
 
 
 class MagnitudeScheduler(StepCallback):
@@ -199,7 +210,8 @@ class PruningSummaries(keras.callbacks.TensorBoard):
     """TensorBoard with the sparsity and the threshold of every pruned kernel, and the sparsity of all, at each epoch.
 
     Args:
-        log_dir: Folder for the event files; the pruning scalars go to its subfolder `metrics`, by the optimizer's step.
+        log_dir: Folder for the event files; the pruning scalars go to its subfolder `metrics`, by the step that the
+            masks follow.
         update_freq, **kwargs: See `keras.callbacks.TensorBoard`.
 
     Raises:
@@ -225,12 +237,11 @@ class PruningSummaries(keras.callbacks.TensorBoard):
         super().on_epoch_end(epoch, logs)
         if self._pruning_writer is None:
             self._pruning_writer = tf.summary.create_file_writer(os.path.join(self.log_dir, "metrics"))
-        step = int(ops.convert_to_numpy(self.model.optimizer.iterations))
+        step = _clock(self.model)
         with self._pruning_writer.as_default():
-            for wrapper in _wrappers(self.model):
-                for kernel, mask, threshold in wrapper.pruning_vars:
-                    tf.summary.scalar(f"{kernel.path}/sparsity", 1 - np.mean(_numpy(mask)), step=step)
-                    tf.summary.scalar(f"{kernel.path}/threshold", float(_numpy(threshold)), step=step)
+            for kernel, mask, threshold in pruning_vars(self.model):
+                tf.summary.scalar(f"{kernel.path}/sparsity", 1 - np.mean(_numpy(mask)), step=step)
+                tf.summary.scalar(f"{kernel.path}/threshold", float(_numpy(threshold)), step=step)
             tf.summary.scalar("sparsity", sparsity(self.model), step=step)
         self._pruning_writer.flush()
 
@@ -244,23 +255,25 @@ class PruningSummaries(keras.callbacks.TensorBoard):
 # --- helpers ---
 
 
-def _last_due(schedule: Any, last: int, now: int) -> tuple[int, float] | None:
-    """The last step in (last, now] at which the schedule prunes or ends, with its sparsity."""
-    end_step = getattr(schedule, "end_step", -1)
-    for step in range(now, last, -1):
-        if type(schedule).__module__.startswith("tensorflow_model_optimization.") and step != end_step:
-            # Asking tfmot costs a fraction of a millisecond each step; the same arithmetic on integers does not.
-            past = step - schedule.begin_step
-            if past < 0 or past % schedule.frequency or 0 <= end_step < step:
-                continue
-        should_prune, sparsity = evaluate(schedule, step)
-        if should_prune or step == end_step:
-            return step, sparsity
-    return None
+def _optimizers(model: keras.Model) -> list[Any]:
+    """The optimizer of a model and those inside it, the one that updates last; `[None]` if there is none."""
+    optimizers: list[Any] = [getattr(model, "optimizer", None)]
+    while getattr(optimizers[-1], "inner_optimizer", None) is not None:
+        optimizers.append(optimizers[-1].inner_optimizer)
+    return optimizers
+
+
+def _clock(model: keras.Model) -> int:
+    """The updates done, as pruned layers have stored them, or else the optimizer."""
+    steps = [wrapper.stored_step() for wrapper in _wrappers(model) if wrapper.built]
+    if steps:
+        return max(0, *steps)
+    optimizer = _optimizers(model)[-1]
+    return 0 if optimizer is None else int(ops.convert_to_numpy(optimizer.iterations))
 
 
 def _group(wrapper: PruneLowMagnitude) -> Any:
-    """Wrappers whose masks are updated together: same schedule, scope, way of pruning, and step."""
+    """Wrappers whose masks are updated together: same schedule, rule and step."""
     schedule: Any = wrapper.pruning_schedule
     config = repr(schedule.get_config()) if hasattr(schedule, "get_config") else id(schedule)
-    return type(schedule), config, wrapper.scope, wrapper.sparsity_m_by_n is not None, wrapper.step
+    return type(schedule), config, wrapper.rule, wrapper.step

@@ -1,7 +1,17 @@
-"""Rules of pruning: from kernels and a sparsity to masks and thresholds; and which weights are kernels."""
+"""Rules of pruning: from kernels and a sparsity to masks and thresholds; and which weights are kernels.
 
+A rule is arithmetic: it assigns nothing and warns of nothing. Given tensors it computes with `keras.ops`, inside a
+compiled step or not; given NumPy arrays it computes on the host, where selecting is faster. The masks are the same.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
 import numpy as np
-from keras import layers
+from keras import layers, ops
 
 # Kind of layer -> attributes that hold its prunable kernels. Biases and normalisation never appear here.
 PRUNABLE_KERNELS: dict[type, tuple[str, ...]] = {
@@ -22,46 +32,238 @@ PRUNABLE_KERNELS: dict[type, tuple[str, ...]] = {
     layers.GRUCell: ("kernel", "recurrent_kernel"),
     layers.LSTMCell: ("kernel", "recurrent_kernel"),
 }
+KERNEL_NAMES = frozenset(name for names in PRUNABLE_KERNELS.values() for name in names)
 
 
-def magnitude_mask(weights: np.ndarray, sparsity: float) -> tuple[np.ndarray, np.floating]:
-    """Keeps the largest magnitudes: `(mask, threshold)`, with tfmot's rounding; ties with the threshold are kept."""
-    magnitudes = np.abs(weights)
+def is_kernel(variable: keras.Variable) -> bool:
+    """Whether a variable is a kernel by its name and rank, for those who see variables and not layers."""
+    return variable.name in KERNEL_NAMES and len(variable.shape) >= 2
+
+
+def finite_weights(kernel: keras.Variable) -> np.ndarray:
+    """The kernel as an array; a ValueError that names it if it holds NaN or infinity, which a mask would hide."""
+    weights = ops.convert_to_numpy(kernel.value)
+    if not np.isfinite(weights.astype("float32")).all():
+        raise ValueError(
+            f"Kernel {kernel.path!r} holds NaN or infinite weights: training has diverged, which a mask would hide. "
+            "Lower the learning rate, or clip the gradients, and start from finite weights."
+        )
+    return weights
+
+
+# --- rules ---
+
+
+def layer_masks(kernels: Sequence[Any], sparsity: Any) -> tuple[list, list]:
+    """Every kernel keeps its own largest magnitudes (tfmot)."""
+    return _unzip(_keep_largest(_magnitudes(kernel), sparsity) for kernel in kernels)
+
+
+def global_masks(kernels: Sequence[Any], sparsity: Any) -> tuple[list, list]:
+    """One threshold over all kernels, as PyTorch's `global_unstructured` with L1 (the paper)."""
+    magnitudes = [_magnitudes(kernel) for kernel in kernels]
+    xp = _space(magnitudes[0])
+    threshold = _threshold(xp.concatenate([xp.reshape(each, (-1,)) for each in magnitudes]), sparsity)
+    return _unzip((_at_least(each, threshold), threshold) for each in magnitudes)
+
+
+def block_masks(
+    kernels: Sequence[Any], sparsity: Any, *, block_size: tuple[int, int], block_pooling_type: str
+) -> tuple[list, list]:
+    """Every 2-D kernel keeps the blocks whose average or maximal magnitude is largest (tfmot)."""
+    return _unzip(_keep_blocks(kernel, sparsity, block_size, block_pooling_type) for kernel in kernels)
+
+
+def m_by_n_masks(kernels: Sequence[Any], *, m: int, n: int) -> tuple[list, list]:
+    """The m smallest of every n weights go, along the last axis but one, the last in LiteRT's layout (tfmot)."""
+    masks = [_keep_of_each_group(_magnitudes(kernel), n - m, n) for kernel in kernels]
+    return masks, [np.float32(0)] * len(masks)
+
+
+SCOPES: dict[str, Callable[[Sequence[Any], Any], tuple[list, list]]] = {"layer": layer_masks, "global": global_masks}
+POOLING_TYPES = ("AVG", "MAX")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """The settings that choose a rule, checked; called with kernels and a sparsity, it gives `(masks, thresholds)`.
+
+    Args:
+        scope: A key of `SCOPES`.
+        block_size: `(height, width)` of the blocks in which 2-dimensional kernels are zeroed.
+        block_pooling_type: `"AVG"` or `"MAX"`.
+        sparsity_m_by_n: `(m, n)`, m zeros in every n weights of a 2- or 4-dimensional kernel, or `None`.
+
+    Call arguments:
+        kernels: Float tensors or NumPy arrays of any shape.
+        sparsity: In [0, 1): a number, or a scalar tensor.
+
+    Raises:
+        ValueError: If a setting is not allowed, or two do not go together.
+
+    Example:
+        >>> import numpy as np
+        >>> masks, thresholds = Rule()([np.array([[0.1, -4.0], [3.0, 0.2]])], 0.5)
+        >>> masks[0].tolist(), float(thresholds[0])
+        ([[False, True], [True, False]], 3.0)
+    """
+
+    scope: str = "layer"
+    block_size: tuple[int, int] = (1, 1)
+    block_pooling_type: str = "AVG"
+    sparsity_m_by_n: tuple[int, int] | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "block_size", _pair(self.block_size, "block_size"))
+        if self.sparsity_m_by_n is not None:
+            object.__setattr__(self, "sparsity_m_by_n", _pair(self.sparsity_m_by_n, "sparsity_m_by_n"))
+            if not 0 < self.sparsity_m_by_n[0] < self.sparsity_m_by_n[1]:
+                raise ValueError(
+                    "`sparsity_m_by_n=(m, n)` means m zeros in every n weights, with 0 < m < n. "
+                    f"Received: sparsity_m_by_n={self.sparsity_m_by_n}."
+                )
+        if self.block_pooling_type not in POOLING_TYPES:
+            raise ValueError(
+                f"`block_pooling_type` must be one of {POOLING_TYPES}. Received: {self.block_pooling_type!r}."
+            )
+        if self.scope not in SCOPES:
+            raise ValueError(f"`scope` must be one of {tuple(SCOPES)}. Received: scope={self.scope!r}.")
+        if min(self.block_size) < 1:
+            raise ValueError(f"`block_size` must be positive. Received: block_size={self.block_size}.")
+        if self.scope != "layer" and (self.sparsity_m_by_n or self.block_size != (1, 1)):
+            raise ValueError(
+                f"`scope={self.scope!r}` compares single weights across kernels, so it does not go with `block_size` "
+                f"or `sparsity_m_by_n`. Received: block_size={self.block_size}, "
+                f"sparsity_m_by_n={self.sparsity_m_by_n}. Use scope='layer' for these."
+            )
+
+    @property
+    def once(self) -> bool:
+        """Whether the masks are set when training begins, and no schedule is asked."""
+        return self.sparsity_m_by_n is not None
+
+    def check(self, kernel: keras.Variable, remedy: str) -> None:
+        """Raises a ValueError that ends in `remedy` if a kernel's rank is not the rule's."""
+        rank = len(kernel.shape)
+        for name, allowed, is_set in (
+            ("block_size", (2,), self.block_size != (1, 1)),
+            ("sparsity_m_by_n", (2, 4), self.sparsity_m_by_n is not None),
+        ):
+            if is_set and rank not in allowed:
+                raise ValueError(
+                    f"`{name}` needs {'- or '.join(map(str, allowed))}-dimensional kernels. "
+                    f"Received: {name}={getattr(self, name)} for kernel {kernel.path!r} of shape {kernel.shape}. "
+                    f"{remedy}"
+                )
+
+    def __call__(self, kernels: Sequence[Any], sparsity: Any) -> tuple[list, list]:
+        if self.sparsity_m_by_n is not None:
+            return m_by_n_masks(kernels, m=self.sparsity_m_by_n[0], n=self.sparsity_m_by_n[1])
+        if self.block_size != (1, 1):
+            return block_masks(
+                kernels, sparsity, block_size=self.block_size, block_pooling_type=self.block_pooling_type
+            )
+        return SCOPES[self.scope](kernels, sparsity)
+
+
+# --- helpers ---
+
+
+def _space(array: Any) -> Any:
+    """NumPy for its own arrays, `keras.ops` for tensors: they name what is needed here alike."""
+    return np if isinstance(array, np.ndarray) else ops
+
+
+def _magnitudes(kernel):
+    if isinstance(kernel, np.ndarray):
+        return np.abs(kernel.astype("float32", copy=False))
+    return ops.abs(ops.cast(kernel, "float32"))
+
+
+def _at_least(magnitudes, threshold):
+    """NaN stays too, so that a diverged training is seen."""
+    if isinstance(magnitudes, np.ndarray):
+        return ~(magnitudes < threshold)
+    return ops.view(magnitudes, "int32") >= ops.view(threshold, "int32")  # compilers turn "not less" into "at least"
+
+
+def _keep_largest(magnitudes, sparsity):
+    threshold = _threshold(magnitudes, sparsity)
+    return _at_least(magnitudes, threshold), threshold
+
+
+def _threshold(magnitudes, sparsity):
+    """The smallest magnitude that stays, with tfmot's rounding of how many do; at least one does."""
+    size = math.prod(magnitudes.shape)
     # float32, because tfmot computes in it: 5 weights at sparsity 0.3 are 3.5 in float32 and 3.4999 in float64.
-    keep = int(np.round(np.float32(magnitudes.size) * (np.float32(1) - np.float32(sparsity))))
-    keep = min(max(keep, 1), magnitudes.size)
-    threshold = np.partition(magnitudes, magnitudes.size - keep, axis=None)[magnitudes.size - keep]
-    return magnitudes >= threshold, threshold
+    if isinstance(magnitudes, np.ndarray):
+        keep = int(np.round(np.float32(size) * (np.float32(1) - np.float32(sparsity))))
+        keep = min(max(keep, 1), size)
+        return np.partition(magnitudes, size - keep, axis=None)[size - keep]
+    keep = ops.round((1.0 - ops.cast(sparsity, "float32")) * float(size))
+    # As a whole number: one beyond 2 ** 24 may have been rounded up to more than there are.
+    return _kth_largest(magnitudes, ops.clip(ops.cast(keep, "int32"), 1, size))
 
 
-def block_mask(
-    weights: np.ndarray, sparsity: float, *, block_size: tuple[int, int], pooling_type: str
-) -> tuple[np.ndarray, np.floating]:
-    """Keeps the blocks of a 2-D kernel whose average or maximal magnitude is largest: `(mask, threshold)`."""
+def _kth_largest(magnitudes, k):
+    """The k-th largest of non-negative numbers, exactly, without sorting.
+
+    Their bit patterns, read as integers, have the same order. So the pattern of the k-th largest is found bit by bit
+    from the top: a bit is set if at least k numbers have no smaller pattern. Over several devices, a count is a sum.
+    """
+    patterns = ops.view(magnitudes, "int32")
+
+    def fix_bit(i, found):
+        candidate = found + ops.left_shift(ops.ones((), "int32"), 30 - ops.cast(i, "int32"))
+        enough = ops.sum(ops.cast(patterns >= candidate, "int32")) >= k
+        return ops.where(enough, candidate, found)
+
+    return ops.view(ops.fori_loop(0, 31, fix_bit, ops.zeros((), "int32")), "float32")
+
+
+def _keep_blocks(kernel, sparsity, block_size, pooling_type):
+    magnitudes = _magnitudes(kernel)
+    xp = _space(magnitudes)
     height, width = block_size
     # tfmot pools with TensorFlow's "SAME" padding, half of the overhang before the first row, although the blocks of
     # its mask begin at the first row; padding takes no part in an average.
-    overhang = [-size % block for size, block in zip(weights.shape, block_size, strict=True)]
+    overhang = [-size % block for size, block in zip(magnitudes.shape, block_size, strict=True)]
     padding = [(each // 2, each - each // 2) for each in overhang]
 
-    def in_blocks(array):
-        padded = np.pad(array, padding)
-        return padded.reshape(padded.shape[0] // height, height, padded.shape[1] // width, width)
+    def in_blocks(xp, array):
+        rows, columns = (size + extra for size, extra in zip(array.shape, overhang, strict=True))
+        return xp.reshape(xp.pad(array, padding), (rows // height, height, columns // width, width))
 
     if pooling_type == "MAX":
-        pooled = in_blocks(np.abs(weights)).max(axis=(1, 3))
+        pooled = xp.max(in_blocks(xp, magnitudes), axis=(1, 3))
     else:
-        pooled = in_blocks(np.abs(weights)).sum(axis=(1, 3)) / in_blocks(np.ones_like(weights)).sum(axis=(1, 3))
-    mask, threshold = magnitude_mask(pooled, sparsity)
-    return np.repeat(np.repeat(mask, height, 0), width, 1)[: weights.shape[0], : weights.shape[1]], threshold
+        weights = in_blocks(np, np.ones(magnitudes.shape, "float32")).sum(axis=(1, 3))
+        pooled = xp.sum(in_blocks(xp, magnitudes), axis=(1, 3)) / weights
+    mask, threshold = _keep_largest(pooled, sparsity)
+    mask = xp.repeat(xp.repeat(mask, height, axis=0), width, axis=1)
+    return mask[: magnitudes.shape[0], : magnitudes.shape[1]], threshold
 
 
-def m_by_n_mask(weights: np.ndarray, m: int, n: int) -> np.ndarray:
-    """Zeroes the m smallest of every n weights along the last axis but one, the last in LiteRT's layout."""
-    by_output = np.moveaxis(np.abs(weights), -1, 0)  # dense (out, in), convolution (out, height, width, in)
-    size = by_output.shape[-1]
-    padded = np.pad(by_output, [(0, 0)] * (weights.ndim - 1) + [(0, -size % n)])
-    groups = padded.reshape(-1, n)
-    mask = np.zeros(groups.shape, bool)
-    np.put_along_axis(mask, np.argsort(-groups, axis=1, kind="stable")[:, : n - m], True, axis=1)
-    return np.moveaxis(mask.reshape(padded.shape)[..., :size], 0, -1)
+def _keep_of_each_group(magnitudes, keep, n):
+    xp = _space(magnitudes)
+    by_output = xp.moveaxis(magnitudes, -1, 0)  # dense (out, in), convolution (out, height, width, in)
+    *others, size = by_output.shape
+    padded = xp.pad(by_output, [(0, 0)] * len(others) + [(0, -size % n)])
+    groups = xp.reshape(padded, (-1, n))
+    one, other = groups[:, :, None], groups[:, None, :]
+    earlier = np.tri(n, k=-1, dtype=bool)[None]  # of equal ones, the first stays
+    rank = xp.sum(xp.logical_or(other > one, xp.logical_and(other == one, earlier)), axis=-1)
+    mask = xp.reshape(rank < keep, (*others, size + -size % n))
+    return xp.moveaxis(mask[..., :size], 0, -1)
+
+
+def _unzip(pairs) -> tuple[list, list]:
+    first, second = zip(*pairs, strict=True)
+    return list(first), list(second)
+
+
+def _pair(value: Any, name: str) -> tuple[int, int]:
+    pair = tuple(value) if isinstance(value, (list, tuple)) else ()
+    if len(pair) != 2 or not all(isinstance(each, int) for each in pair):
+        raise ValueError(f"`{name}` must be two integers. Received: {name}={value!r}.")
+    return pair

@@ -1,9 +1,10 @@
 """Magnitude pruning of Keras 3 layers and models, with tfmot's names, arguments and schedules.
 
-A wrapper masks its layer's kernels in the forward pass; a callback recomputes the masks between batches, as the
-schedule says. The masks are arithmetic on NumPy arrays, so that they are the same on every backend.
+A wrapper masks its layer's kernels in the forward pass; `UpdatePruningStep` recomputes the masks between batches, as
+the schedule says. `optimizer` has the other carrier of masks, for models whose layers cannot be wrapped.
 """
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,11 +14,8 @@ import numpy as np
 from keras import layers, ops
 
 from kerascompress import schedules
-from kerascompress.masks import PRUNABLE_KERNELS, block_mask, m_by_n_mask, magnitude_mask
+from kerascompress.masks import PRUNABLE_KERNELS, Rule, finite_weights, is_kernel
 from kerascompress.schedules import Schedule, check_schedule
-
-SCOPES = ("layer", "global")
-POOLING_TYPES = ("AVG", "MAX")
 
 # --- the wrapper ---
 
@@ -36,9 +34,15 @@ def prunable_weights(layer: keras.Layer) -> list[keras.Variable]:
 class PruneLowMagnitude(layers.Wrapper):
     """Prunes the kernels of a Keras 3 layer by magnitude while it trains.
 
-    The forward pass computes with `kernel * mask`; gradients of masked weights are zero. `UpdatePruningStep` recomputes
-    the masks from the raw kernels at the steps of the schedule. Raw kernels are zeroed under the mask at every update,
-    at the end of every epoch and whenever the layer is saved, so that checkpoints are sparse.
+    The forward pass computes with `kernel * mask`, while the gradient is that of the kernel, masked weights included.
+    `UpdatePruningStep` recomputes the masks at the steps of the schedule from what the last update has made of the
+    kernels, in which masked weights were zero before: so a weight that the network needs comes back, as in tfmot. Where
+    that is not wanted, a schedule of one update does: `ConstantSparsity(p, begin_step=0, end_step=0)`.
+
+    Between batches masked weights are zero, in checkpoints too. On the JAX backend, where looking at variables inside
+    an epoch is expensive, they are zeroed only before and at a scheduled step, at the end of an epoch, and when the
+    model is saved. With `steps_per_execution`, masks are recomputed after the last step of an execution, from weights
+    that all its steps have moved; `PruningOptimizer` keeps the schedule exactly.
 
     Args:
         layer: A layer with prunable kernels: dense, convolution (also transposed, separable, depthwise),
@@ -46,8 +50,9 @@ class PruneLowMagnitude(layers.Wrapper):
             `TimeDistributed` of these, or a layer of your own whose `get_prunable_weights()` returns the variables to
             prune.
         pruning_schedule: When to prune and to which sparsity: `PolynomialDecay`, `ConstantSparsity` or any callable
-            `step -> (should_prune, sparsity)` with sparsity in [0, 1). Step 0 is the moment before the first batch.
-            Defaults to `ConstantSparsity(0.5, 0)`.
+            `step -> (should_prune, sparsity)` with sparsity in [0, 1). Step 0 is the moment before the first update,
+            step n the moment after n of them; tfmot counts from 1: its `begin_step=4` is 3 here. Defaults to
+            `ConstantSparsity(0.5, 0)`.
         block_size: `(height, width)` of the blocks in which a 2-dimensional kernel is zeroed.
         block_pooling_type: `"AVG"` or `"MAX"`, how a block's magnitude is computed from its weights.
         sparsity_m_by_n: `(m, n)`, e.g. `(2, 4)`: m zeros in every n consecutive weights along the last axis but one of
@@ -101,31 +106,11 @@ class PruneLowMagnitude(layers.Wrapper):
         if pruning_schedule is None:
             pruning_schedule = schedules.ConstantSparsity(0.5, 0)
         check_schedule(pruning_schedule, "pruning_schedule")
-        if block_pooling_type not in POOLING_TYPES:
-            raise ValueError(f"`block_pooling_type` must be one of {POOLING_TYPES}. Received: {block_pooling_type!r}.")
-        if scope not in SCOPES:
-            raise ValueError(f"`scope` must be one of {SCOPES}. Received: scope={scope!r}.")
-        self.block_size = _pair(block_size, "block_size")
-        if min(self.block_size) < 1:
-            raise ValueError(f"`block_size` must be positive. Received: block_size={block_size}.")
-        self.sparsity_m_by_n = None if sparsity_m_by_n is None else _pair(sparsity_m_by_n, "sparsity_m_by_n")
-        if self.sparsity_m_by_n and not 0 < self.sparsity_m_by_n[0] < self.sparsity_m_by_n[1]:
-            raise ValueError(
-                "`sparsity_m_by_n=(m, n)` means m zeros in every n weights, with 0 < m < n. "
-                f"Received: sparsity_m_by_n={sparsity_m_by_n}."
-            )
-        if scope == "global" and (self.sparsity_m_by_n or self.block_size != (1, 1)):
-            raise ValueError(
-                "`scope='global'` compares single weights across kernels, so it does not go with `block_size` or "
-                f"`sparsity_m_by_n`. Received: block_size={block_size}, sparsity_m_by_n={sparsity_m_by_n}. "
-                "Use scope='layer' for these."
-            )
+        self.rule = Rule(scope, block_size, block_pooling_type, sparsity_m_by_n)
         kwargs.setdefault("name", f"prune_low_magnitude_{layer.name}")
         kwargs.setdefault("dtype", layer.dtype_policy)
         super().__init__(layer, **kwargs)
         self.pruning_schedule = pruning_schedule
-        self.block_pooling_type = block_pooling_type
-        self.scope = scope
         self.supports_masking = layer.supports_masking
         self._masks: list[keras.Variable] = []
         self._thresholds: list[keras.Variable] = []
@@ -135,17 +120,21 @@ class PruneLowMagnitude(layers.Wrapper):
 
     def build(self, input_shape=None):
         super().build(input_shape)
-        for kernel in prunable_weights(self.layer):
-            self._check_rank(kernel)
-            settings = {"trainable": False, "aggregation": "only_first_replica"}
-            self._masks.append(
-                self.add_weight(name="mask", shape=kernel.shape, dtype="bool", initializer="ones", **settings)
+        settings = {"trainable": False, "autocast": False, "aggregation": "only_first_replica"}
+        for i, kernel in enumerate(prunable_weights(self.layer)):
+            self.rule.check(kernel, "Exclude the layer with a `pruning_policy`.")
+            suffix = f"_{i}" if i else ""  # variables of one name have one path, under which only one is saved
+            mask = self.add_weight(
+                name=f"mask{suffix}", shape=kernel.shape, dtype="bool", initializer="ones", **settings
             )
+            self._masks.append(mask)
             self._thresholds.append(
                 self.add_weight(
-                    name="threshold", shape=(), dtype=kernel.dtype, initializer="zeros", autocast=False, **settings
+                    name=f"threshold{suffix}", shape=(), dtype=kernel.dtype, initializer="zeros", **settings
                 )
             )
+            if kernel.regularizer is not None:
+                kernel.regularizer = _OfMasked(kernel.regularizer, mask)
         self.pruning_step = self.add_weight(
             name="pruning_step",
             shape=(),
@@ -167,7 +156,9 @@ class PruneLowMagnitude(layers.Wrapper):
         # whatever the layer computes.
         values = {id(variable): variable.value for variable in self.layer.variables}
         for kernel, mask, _ in self.pruning_vars:
-            values[id(kernel)] = _masked(kernel, mask)
+            kept = kernel.value * ops.cast(mask.value, kernel.dtype)
+            # with the gradient of the kernel: what is masked moves too, and may come back
+            values[id(kernel)] = kernel.value + ops.stop_gradient(kept - kernel.value)
         state = [(variable, values[id(variable)]) for variable in self.layer.variables]
         with keras.StatelessScope(state_mapping=state, collect_losses=True) as scope:
             outputs = self.layer(inputs, *args, **kwargs)
@@ -199,106 +190,78 @@ class PruneLowMagnitude(layers.Wrapper):
 
     def effective_weights(self) -> list[np.ndarray]:
         """The kernels as the forward pass sees them: zero where the mask is."""
-        return [np.where(_numpy(mask), _numpy(kernel), 0) for kernel, mask, _ in self.pruning_vars]
+        return [_numpy(kernel) * _numpy(mask) for kernel, mask, _ in self.pruning_vars]
 
     def settle(self) -> None:
         """Makes the state what it means: masked weights become zero, the step variable current."""
         if not self.built:
             return
         for kernel, mask, _ in self.pruning_vars:
-            kernel.assign(_masked(kernel, mask))
+            kernel.assign(kernel.value * ops.cast(mask.value, kernel.dtype))  # times, so that NaN stays NaN
         self.sync_step()
         self.pruning_step.assign(self.step)
         self._stored_step = self.step
 
     def sync_step(self) -> None:
         """Takes the step over from the variable if somebody else has written it: weights were loaded or restored."""
-        stored = int(_numpy(self.pruning_step))
+        stored = self.stored_step()
         if stored != self._stored_step:
             self.step = self._stored_step = stored
 
-    def update_masks(self, sparsity: float) -> None:
-        """Recomputes the masks of this layer alone, from its raw kernels."""
-        for kernel, mask, threshold in self.pruning_vars:
-            weights = _numpy(kernel)
-            if self.sparsity_m_by_n:
-                mask.assign(m_by_n_mask(weights, *self.sparsity_m_by_n))
-                continue
-            if self.block_size == (1, 1):
-                new_mask, new_threshold = magnitude_mask(weights, sparsity)
-            else:
-                new_mask, new_threshold = block_mask(
-                    weights, sparsity, block_size=self.block_size, pooling_type=self.block_pooling_type
-                )
-            mask.assign(new_mask)
-            threshold.assign(new_threshold)
+    def stored_step(self) -> int:
+        """The value of the variable, on the host."""
+        return int(_numpy(self.pruning_step))
 
     def save_own_variables(self, store):
         self.settle()
         super().save_own_variables(store)
 
     def get_config(self):
-        schedule: Any = self.pruning_schedule
-        if getattr(schedule, "__name__", "") == "<lambda>":
-            raise ValueError(
-                f"A lambda cannot be saved. Received: a lambda as pruning_schedule of {self.name!r}. "
-                "Make a function of it with the decorator `keras.saving.register_keras_serializable()`."
-            )
-        config = keras.saving.serialize_keras_object(schedule)
-        if set(config["config"]) == {"class_name", "config"}:  # tfmot's get_config wraps its own
-            config["config"] = config["config"]["config"]
         return {
             **super().get_config(),
-            "pruning_schedule": config,
-            "block_size": self.block_size,
-            "block_pooling_type": self.block_pooling_type,
-            "sparsity_m_by_n": self.sparsity_m_by_n,
-            "scope": self.scope,
+            "pruning_schedule": schedules.serialize(self.pruning_schedule, f"pruning_schedule of {self.name!r}"),
+            **dataclasses.asdict(self.rule),
         }
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        config = dict(config)
-        own = {name: getattr(schedules, name) for name in ("ConstantSparsity", "PolynomialDecay")}
-        config["pruning_schedule"] = keras.saving.deserialize_keras_object(
-            config["pruning_schedule"], {**own, **(custom_objects or {})}
-        )
-        return super().from_config(config, custom_objects)
-
-    def _check_rank(self, kernel) -> None:
-        rank = len(kernel.shape)
-        if self.block_size != (1, 1) and rank != 2:
-            raise ValueError(
-                f"`block_size` needs 2-dimensional kernels. Received: block_size={self.block_size} for kernel "
-                f"{kernel.path!r} of shape {kernel.shape}. Exclude the layer with a `pruning_policy`."
-            )
-        if self.sparsity_m_by_n and rank not in (2, 4):
-            raise ValueError(
-                "`sparsity_m_by_n` needs 2- or 4-dimensional kernels. "
-                f"Received: sparsity_m_by_n={self.sparsity_m_by_n} for kernel "
-                f"{kernel.path!r} of shape {kernel.shape}. Exclude the layer with a `pruning_policy`."
-            )
+        schedule = schedules.deserialize(config["pruning_schedule"], custom_objects)
+        return super().from_config({**config, "pruning_schedule": schedule}, custom_objects)
 
 
-def update_global_masks(wrappers: list[PruneLowMagnitude], sparsity: float) -> None:
-    """One threshold over the raw kernels of all wrappers, like PyTorch's `global_unstructured` with L1."""
+class _OfMasked:
+    """A regularizer that sees the kernel as the forward pass does."""
+
+    def __init__(self, regularizer: Callable[[Any], Any], mask: keras.Variable):
+        self.regularizer = regularizer
+        self.mask = mask
+
+    def __call__(self, kernel):
+        return self.regularizer(kernel * ops.cast(self.mask.value, kernel.dtype))
+
+
+def update_masks(wrappers: list[PruneLowMagnitude], sparsity: float) -> None:
+    """Recomputes the masks of wrappers of one rule from their raw kernels."""
     variables = [each for wrapper in wrappers for each in wrapper.pruning_vars]
-    weights = [_numpy(kernel).astype("float32") for kernel, _, _ in variables]
-    flat_mask, new_threshold = magnitude_mask(np.concatenate([each.ravel() for each in weights]), sparsity)
-    ends = np.cumsum([each.size for each in weights])[:-1]
+    kernels = [finite_weights(kernel) for kernel, _, _ in variables]
+    new_masks, new_thresholds = wrappers[0].rule(kernels, sparsity)
     gone = []
-    for (kernel, mask, threshold), part in zip(variables, np.split(flat_mask, ends), strict=True):
-        if not part.any() and _numpy(mask).any():
+    for (kernel, mask, threshold), new_mask, new_threshold in zip(variables, new_masks, new_thresholds, strict=True):
+        if not new_mask.any() and _numpy(mask).any():
             gone.append(kernel.path)
-        mask.assign(part.reshape(mask.shape))
+        mask.assign(new_mask)
         threshold.assign(new_threshold)
     if gone:
-        warnings.warn(
-            f"Global pruning to a sparsity of {sparsity:.2f} leaves nothing of {gone}: their weights are smaller than "
-            "all others. Without one of its layers a network may compute a constant. Train the dense network before it "
-            "is pruned, prune less, or use scope='layer'.",
-            stacklevel=2,
-        )
+        _warn_of_collapse(sparsity, gone)
+
+
+def _warn_of_collapse(sparsity: float, paths: list[str]) -> None:
+    warnings.warn(
+        f"Global pruning to a sparsity of {sparsity:.2f} leaves nothing of {paths}: their weights are smaller than "
+        "all others. Without one of its layers a network may compute a constant. Train the dense network before it "
+        "is pruned, prune less, or use scope='layer'.",
+        stacklevel=3,
+    )
 
 
 # --- models ---
@@ -438,7 +401,7 @@ def sparsity(model: keras.Layer) -> float:
         >>> kc.sparsity(model)
         1.0
     """
-    kernels = list(_effective_kernels(model, set()))
+    kernels = effective_kernels(model)
     if not kernels:
         raise ValueError(f"{type(model).__name__} {model.name!r} has no prunable kernel, or is not built yet.")
     weights = sum(kernel.size for kernel in kernels)
@@ -450,10 +413,6 @@ def sparsity(model: keras.Layer) -> float:
 
 def _numpy(variable) -> np.ndarray:
     return ops.convert_to_numpy(variable.value)
-
-
-def _masked(kernel, mask):
-    return ops.where(mask.value, kernel.value, ops.zeros_like(kernel.value))
 
 
 def _children(layer: keras.Layer) -> list[keras.Layer]:
@@ -477,18 +436,32 @@ def _is_prunable(layer: keras.Layer) -> bool:
     return bool(_kernel_names(layer)) or any(_is_prunable(child) for child in _children(layer))
 
 
-def _effective_kernels(layer: keras.Layer, seen: set[int]) -> Iterator[np.ndarray]:
-    """The kernels of a layer and its children, each once, as the forward pass sees them."""
-    if id(layer) in seen:
-        return
-    seen.add(id(layer))
-    if isinstance(layer, PruneLowMagnitude):
-        yield from layer.effective_weights()
-    elif hasattr(layer, "get_prunable_weights") or _kernel_names(layer):
-        yield from (_numpy(weight) for weight in prunable_weights(layer))
-    else:
-        for child in _children(layer):
-            yield from _effective_kernels(child, seen)
+def kernels_of(model: keras.Layer) -> list[keras.Variable]:
+    """All kernels of a built model or layer, each once: by name, or by `get_prunable_weights()` of their layer."""
+    decided: dict[int, bool] = {}
+    for layer in model._flatten_layers():
+        if hasattr(layer, "get_prunable_weights") and layer.built:
+            decided |= {id(variable): False for variable in layer.variables if id(variable) not in decided}
+            decided |= {id(variable): True for variable in layer.get_prunable_weights()}
+    unique = {id(variable): variable for variable in model.variables}
+    return [variable for key, variable in unique.items() if decided.get(key, is_kernel(variable))]
+
+
+def pruning_vars(model: keras.Layer) -> list[tuple[keras.Variable, keras.Variable, keras.Variable]]:
+    """`(kernel, mask, threshold)` of every pruned kernel, of whichever carrier."""
+    optimizer: Any = getattr(model, "optimizer", None)
+    while not hasattr(optimizer, "pruning_vars") and hasattr(optimizer, "inner_optimizer"):
+        optimizer = optimizer.inner_optimizer  # under a loss scale
+    carriers = [*_wrappers(model), *([optimizer] if hasattr(optimizer, "pruning_vars") else [])]
+    return [each for carrier in carriers for each in carrier.pruning_vars]
+
+
+def effective_kernels(model: keras.Layer) -> list[np.ndarray]:
+    """`kernels_of` a model, as the forward pass sees them: zero where a mask is."""
+    masks = {id(kernel): mask for kernel, mask, _ in pruning_vars(model)}
+    chosen = [kernel for kernel, _, _ in pruning_vars(model)]  # by `allow` of an optimizer, too
+    kernels = {id(kernel): kernel for kernel in [*kernels_of(model), *chosen]}
+    return [_numpy(kernel) * (_numpy(masks[key]) if key in masks else 1) for key, kernel in kernels.items()]
 
 
 def _warn_of_dense_weights(layer: keras.Layer) -> None:
@@ -572,8 +545,9 @@ def _copy(layer: keras.Layer) -> keras.Layer:
     if layer.built and not layer.variables and not _children(layer) and not by_config:
         return layer  # its config may not be all there is to it, and it has nothing to keep apart
     if isinstance(layer, PruneLowMagnitude):
-        settings = ("pruning_schedule", "block_size", "block_pooling_type", "sparsity_m_by_n", "scope", "name")
-        return PruneLowMagnitude(_copy(layer.layer), **{name: getattr(layer, name) for name in settings})
+        return PruneLowMagnitude(
+            _copy(layer.layer), layer.pruning_schedule, **dataclasses.asdict(layer.rule), name=layer.name
+        )
     copy = type(layer).from_config(layer.get_config())
     if layer.built and not copy.built:  # a wrapper knows one input shape; a layer inside may need several (attention)
         copy.build_from_config(layer.get_build_config())
@@ -586,10 +560,3 @@ def _subclassed(model: keras.Model) -> ValueError:
         "Wrap its layers where they are made, e.g. "
         "`self.conv = prune_low_magnitude(keras.layers.Conv2D(...), schedule)`, or use the Functional API."
     )
-
-
-def _pair(value: Any, name: str) -> tuple[int, int]:
-    pair = tuple(value) if isinstance(value, (list, tuple)) else ()
-    if len(pair) != 2 or not all(isinstance(each, int) for each in pair):
-        raise ValueError(f"`{name}` must be two integers. Received: {name}={value!r}.")
-    return pair

@@ -1,19 +1,24 @@
-"""Schedules of sparsity and magnitude: arithmetic of the training step, and the callback that carries them.
+"""Schedules of sparsity and magnitude: arithmetic of the training step.
 
 `PolynomialDecay`, `ConstantSparsity` and `PruningSchedule` are tfmot's own classes. tfmot is imported here alone, and
 only when one of them is first asked for.
 """
 
+import functools
 import importlib
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import keras
 import numpy as np
+from keras import ops
 
-Schedule = Callable[[int], tuple[Any, Any]]  # step -> (should_prune, sparsity), as in tfmot
+Schedule = Callable[[Any], tuple[Any, Any]]  # step -> (should_prune, sparsity), as in tfmot
 
+_TFMOT_MODULE = "tensorflow_model_optimization.python.core.sparsity.keras.pruning_schedule"
 _TFMOT_NAMES = ("ConstantSparsity", "PolynomialDecay", "PruningSchedule")
 
 
@@ -28,9 +33,7 @@ def __getattr__(name: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # tfmot's own use of distutils
-            module = importlib.import_module(
-                "tensorflow_model_optimization.python.core.sparsity.keras.pruning_schedule"
-            )
+            module = importlib.import_module(_TFMOT_MODULE)
     finally:
         os.environ.pop("TF_USE_LEGACY_KERAS", None)
         if before is not None:
@@ -39,17 +42,63 @@ def __getattr__(name: str) -> Any:
     return globals()[name]
 
 
-def evaluate(schedule: Schedule, step: int) -> tuple[bool, float]:
-    """Calls a schedule and returns plain numbers, whatever tensors it computes with."""
-    should_prune, sparsity = schedule(step)
-    return bool(should_prune), float(sparsity)
+def evaluate(schedule: Schedule, step: Any) -> tuple[Any, Any]:
+    """`(due, sparsity)` of a schedule: whether masks are recomputed at `step`, and to which sparsity.
+
+    If the schedule has an `end_step`, it is due there too, even when its frequency misses it.
+
+    Args:
+        schedule: tfmot's, or any callable `step -> (should_prune, sparsity)`.
+        step: Optimizer updates done: an integer, for which plain numbers come back, or a scalar tensor, inside a
+            compiled step too. tfmot's own two schedules, which know TensorFlow alone, are computed here for that.
+
+    Raises:
+        TypeError: If the schedule cannot compute with a tensor.
+        ValueError: If a sparsity that is a plain number is not in [0, 1).
+    """
+    traced = not isinstance(step, int)
+    own = getattr(sys.modules.get(_TFMOT_MODULE), type(schedule).__name__, None)
+    formula = _FORMULAS.get(type(schedule).__name__) if type(schedule) is own else None
+    try:
+        should_prune, sparsity = formula(schedule, step) if formula else schedule(step)
+        if traced:
+            should_prune = ops.cast(should_prune, "bool")
+    except Exception as error:
+        if not traced:
+            raise
+        raise TypeError(
+            "A schedule of `PruningOptimizer` is computed inside the compiled step: it gets the step as a tensor and "
+            "must compute with `keras.ops`, without `if` or `in`. "
+            f"Received: {schedule!r}, which raised {type(error).__name__}: {error}"
+        ) from error
+    end_step = getattr(schedule, "end_step", None)
+    is_end = False if end_step is None else step == end_step
+    if traced:
+        return ops.logical_or(should_prune, is_end), ops.cast(sparsity, "float32")
+    due, sparsity = bool(should_prune) or bool(is_end), float(sparsity)
+    if due and not 0 <= sparsity < 1:
+        raise ValueError(
+            "A pruning schedule must return a sparsity in [0, 1), a fraction of zeros. "
+            f"Received: {sparsity} at step {step} from {schedule!r}. If yours are percent, divide them by 100."
+        )
+    return due, sparsity
+
+
+def last_due(schedule: Schedule, after: int, until: int) -> tuple[int, float] | None:
+    """The last step in (after, until] at which a schedule is due, with its sparsity."""
+    for step in range(until, after, -1):
+        due, sparsity = evaluate(schedule, step)
+        if due:
+            return step, sparsity
+    return None
 
 
 class SparsityLinkedMagnitude:
-    """A magnitude that follows the sparsity of a pruning schedule (Figure 3).
+    """A magnitude that follows the sparsity which a pruning schedule has given the masks (Figure 3).
 
-    Piecewise linear in the sparsity that `schedule` prescribes at a step, constant beyond the first and last point. The
-    example has the paper's optima for ResNet-20 on CIFAR-100: strong augmentation fades as the weights disappear.
+    Piecewise linear in that sparsity, constant beyond the first and last point. Masks have the sparsity of the last
+    step at which the schedule was due; before the first, the network is dense: sparsity 0. The example has the paper's
+    optima for ResNet-20 on CIFAR-100: strong augmentation fades as the weights disappear.
 
     Args:
         schedule: A tfmot schedule, or any callable `step -> (should_prune, sparsity)`.
@@ -90,10 +139,34 @@ class SparsityLinkedMagnitude:
                 )
         self.schedule = schedule
         self.magnitudes = dict(points)
+        self._known = (-1, 0.0)  # a step, and the sparsity of the masks there
 
     def __call__(self, step: int) -> float:
-        _, sparsity = evaluate(self.schedule, step)
-        return float(np.interp(sparsity, list(self.magnitudes), list(self.magnitudes.values())))
+        known, sparsity = self._known if step >= self._known[0] else (-1, 0.0)
+        due = last_due(self.schedule, known, step)
+        self._known = (step, due[1] if due else sparsity)
+        return float(np.interp(self._known[1], list(self.magnitudes), list(self.magnitudes.values())))
+
+
+def serialize(function: Any, what: str) -> Any:
+    """The config of a schedule or another function; a ValueError if it is a lambda, which cannot be saved."""
+    if getattr(function, "__name__", "") == "<lambda>":
+        raise ValueError(
+            f"A lambda cannot be saved. Received: a lambda as {what}. "
+            "Make a function of it with the decorator `keras.saving.register_keras_serializable()`."
+        )
+    config = keras.saving.serialize_keras_object(function)
+    if isinstance(config, dict) and set(config["config"]) == {"class_name", "config"}:  # tfmot's wraps its own
+        config["config"] = config["config"]["config"]
+    return config
+
+
+def deserialize(config: Any, custom_objects: Mapping[str, Any] | None = None) -> Any:
+    """What `serialize` was given."""
+    if config is None:
+        return None
+    own = {name: globals().get(name) or __getattr__(name) for name in ("ConstantSparsity", "PolynomialDecay")}
+    return keras.saving.deserialize_keras_object(config, {**own, **(custom_objects or {})})
 
 
 def check_schedule(schedule: Any, name: str) -> None:
@@ -104,3 +177,30 @@ def check_schedule(schedule: Any, name: str) -> None:
             f"`step -> (should_prune, sparsity)`. Received: {name}={schedule!r} of type {type(schedule).__name__}. "
             "For one constant sparsity, pass `ConstantSparsity(sparsity, begin_step=0)`."
         )
+
+
+# --- tfmot's formulas, on integers and on tensors of any backend ---
+
+
+def _is_turn(schedule, step):
+    turn = (step >= schedule.begin_step) & ((step - schedule.begin_step) % schedule.frequency == 0)
+    return turn if schedule.end_step < 0 else turn & (step <= schedule.end_step)
+
+
+def _polynomial_decay(schedule, step):
+    on_host = isinstance(step, int)
+    xp = np if on_host else ops
+    float32: Any = np.float32 if on_host else functools.partial(ops.cast, dtype="float32")
+    length = max(schedule.end_step - schedule.begin_step, 1)
+    left = 1 - xp.clip(float32(step - schedule.begin_step) / float32(length), 0, 1)
+    if schedule.end_step == schedule.begin_step:
+        left = left * 0  # one update, to the final sparsity
+    fall = float32(schedule.initial_sparsity - schedule.final_sparsity) * xp.power(left, float32(schedule.power))
+    return _is_turn(schedule, step), fall + float32(schedule.final_sparsity)
+
+
+def _constant_sparsity(schedule, step):
+    return _is_turn(schedule, step), schedule.target_sparsity
+
+
+_FORMULAS = {"ConstantSparsity": _constant_sparsity, "PolynomialDecay": _polynomial_decay}

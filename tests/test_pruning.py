@@ -6,12 +6,10 @@ import sys
 import keras
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from keras import layers
 
 import kerascompress as kc
-from kerascompress import callbacks, masks, pruning
+from kerascompress import callbacks, pruning
 
 # Untrained or badly scaled kernels that one threshold may remove altogether, of which a warning tells.
 collapses = pytest.mark.filterwarnings("ignore:Global pruning to a sparsity of .* leaves nothing of")
@@ -64,7 +62,7 @@ def fit(model, epochs=1, callbacks=(), batch_size=8, count=64):
 
 
 def effective(model) -> np.ndarray:
-    return np.concatenate([each.ravel() for each in pruning._effective_kernels(model, set())])
+    return np.concatenate([each.ravel() for each in pruning.effective_kernels(model)])
 
 
 # --- masks against tfmot ---
@@ -178,17 +176,6 @@ def test_the_m_by_n_mask_is_set_once():
     assert len({mask.tobytes() for mask, _ in masks}) == 1
 
 
-@given(size=st.integers(1, 3000), sparsity=st.floats(0, 0.999))
-@settings(max_examples=60, deadline=None)
-def test_a_magnitude_mask_keeps_the_largest_and_the_number_tfmots_formula_says(size, sparsity):
-    weights = np.random.default_rng(size).permutation(size).astype("float32") + 1
-    mask, threshold = masks.magnitude_mask(weights, sparsity)
-    keep = max(round(float(np.float32(size) * (np.float32(1) - np.float32(sparsity)))), 1)
-    assert mask.sum() == keep
-    assert threshold == np.sort(weights)[-keep]
-    assert weights[mask].min() > weights[~mask].max(initial=0)
-
-
 # --- global scope ---
 
 
@@ -207,7 +194,7 @@ def test_global_masks_equal_numpy_partition_over_all_kernels(p):
     callback = kc.UpdatePruningStep()
     callback.set_model(pruned)
     callback.on_train_begin()
-    for kernel, value in zip(pruning._effective_kernels(pruned, set()), raw, strict=True):
+    for kernel, value in zip(pruning.effective_kernels(pruned), raw, strict=True):
         np.testing.assert_array_equal(kernel, np.where(np.abs(value) >= threshold, value, 0))
     assert abs(kc.sparsity(pruned) - p) <= 1 / magnitudes.size
 
@@ -565,7 +552,7 @@ def test_every_kind_of_layer_prunes_trains_saves_and_strips_in_a_nested_model(tm
     to_numpy = keras.ops.convert_to_numpy
     np.testing.assert_allclose(to_numpy(pruned(tokens)), to_numpy(model(tokens)), atol=1e-6)
     assert float(sum(pruned.losses)) == pytest.approx(float(sum(model.losses)))  # regularisers still count, once
-    assert sum(kernel.size for kernel in pruning._effective_kernels(pruned, set())) == sum(
+    assert sum(kernel.size for kernel in pruning.effective_kernels(pruned)) == sum(
         np.prod(weight.shape)
         for weight in model.trainable_weights
         if len(weight.shape) > 1 and "bias" not in weight.name
@@ -663,11 +650,6 @@ def test_pruning_what_is_pruned_keeps_its_schedule_with_a_warning():
     with pytest.warns(UserWarning, match="strip_pruning"):
         again = kc.prune_low_magnitude(pruned, kc.ConstantSparsity(0.9, 0))
     assert {wrapper.pruning_schedule.target_sparsity for wrapper in pruning._wrappers(again)} == {0.3}
-
-
-def test_sparsity_zero_keeps_every_weight_of_a_kernel_too_large_for_float32():
-    mask, _ = masks.magnitude_mask(np.ones(2**24 + 3, "float32"), 0.0)
-    assert mask.all()
 
 
 def test_biases_and_normalisation_are_never_pruned():

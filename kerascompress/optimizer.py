@@ -1,0 +1,245 @@
+"""Pruning carried by the optimizer: any Keras 3 model, without a wrapper, a copy, a callback or anything to strip."""
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+from keras.src.utils.tracking import no_automatic_dependency_tracking  # as Keras' own LossScaleOptimizer needs it
+
+from kerascompress import schedules
+from kerascompress.masks import KERNEL_NAMES, Rule, finite_weights, is_kernel
+from kerascompress.schedules import Schedule, check_schedule, evaluate
+
+
+@keras.saving.register_keras_serializable("kerascompress")
+class PruningOptimizer(keras.optimizers.Optimizer):
+    """Prunes any Keras 3 model by magnitude while another optimizer trains it.
+
+    The masks are variables of the optimizer. In each step the inner optimizer updates; where the schedule is due at
+    this number of updates, masks are recomputed from the kernels that the update has left; then kernels are zero where
+    their mask is. So the model is exactly sparse after every step, whoever looks at it: evaluation, a checkpoint in the
+    middle of an epoch, a regularizer. A masked weight gets its gradient, and one that the network needs comes back when
+    masks are recomputed. All of it happens inside the compiled step: any `steps_per_execution`, gradient accumulation
+    (updates count, not batches), mixed precision, XLA, `tf.distribute` and `keras.distribution`.
+
+    Step 0 of the schedule is the moment before the first update, step n the moment after n updates, as with
+    `UpdatePruningStep`. tfmot counts from 1: its `begin_step=4` is 3 here. If the schedule has an `end_step`, masks are
+    recomputed there even if its frequency misses it. A schedule that has one update (`ConstantSparsity(p, 0, 0)`) gives
+    permanent masks.
+
+    Args:
+        inner_optimizer: A `keras.optimizers.Optimizer`, or its name. Weight decay, clipping, moving averages, gradient
+            accumulation and learning-rate schedules are settings of it; `learning_rate` is passed through.
+        pruning_schedule: `PolynomialDecay`, `ConstantSparsity` or any callable `step -> (should_prune, sparsity)` that
+            computes with `keras.ops`, because the step is a tensor. Without one, weights that are zero when the
+            optimizer is built stay zero: for the retraining of a pruned model.
+        scope, block_size, block_pooling_type, sparsity_m_by_n: See `PruneLowMagnitude`.
+        allow: `allow(variable) -> bool` chooses the kernels among the trainable variables. By default those that Keras
+            names so (`kernel`, `embeddings`, `depthwise_kernel`, `pointwise_kernel`, `recurrent_kernel`), of rank 2 and
+            more.
+        name: Of the optimizer.
+
+    Attributes:
+        pruning_vars: List of `(kernel, mask, threshold)` variables, once built; in a mask, True keeps.
+
+    Raises:
+        ValueError: If a setting is out of range, there is nothing to prune, or a kernel is not finite.
+        TypeError: If an argument has another type, or the schedule cannot compute with a tensor.
+
+    Example:
+        >>> import keras, numpy as np, kerascompress as kc
+        >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+        >>> schedule = kc.PolynomialDecay(0.0, final_sparsity=0.75, begin_step=0, end_step=4, frequency=2)
+        >>> model.compile(kc.PruningOptimizer(keras.optimizers.SGD(0.1), schedule, scope="global"), "mse")
+        >>> _ = model.fit(np.ones((16, 8)), np.ones((16, 4)), batch_size=4, verbose=0)
+        >>> kc.sparsity(model)
+        0.75
+
+    Reference:
+        Zhu, Gupta, "To prune, or not to prune", 2017; Lee et al., "JaxPruner", 2023, has masks in the optimizer's
+        state; Equation 5 of Yu, Zhang, Ma, "Revisiting Data Augmentation in Model Compression".
+    """
+
+    def __init__(
+        self,
+        inner_optimizer: keras.optimizers.Optimizer | str,
+        pruning_schedule: Schedule | None = None,
+        *,
+        scope: str = "layer",
+        block_size: tuple[int, int] = (1, 1),
+        block_pooling_type: str = "AVG",
+        sparsity_m_by_n: tuple[int, int] | None = None,
+        allow: Callable[[keras.Variable], bool] | None = None,
+        name: str | None = None,
+    ):
+        inner_optimizer = keras.optimizers.get(inner_optimizer)
+        if isinstance(inner_optimizer, (PruningOptimizer, keras.optimizers.LossScaleOptimizer)):
+            raise ValueError(
+                "`inner_optimizer` must be the optimizer that updates: a loss scale goes around `PruningOptimizer`, "
+                f"and two schedules are one callable. Received: inner_optimizer={inner_optimizer!r}."
+            )
+        if pruning_schedule is not None:
+            check_schedule(pruning_schedule, "pruning_schedule")
+        if allow is not None and not callable(allow):
+            raise TypeError(f"`allow` must be a function of a variable that returns a bool. Received: allow={allow!r}.")
+        super().__init__(learning_rate=0.0, name=name)
+        self.inner_optimizer = inner_optimizer
+        self.pruning_schedule = pruning_schedule
+        self.rule = Rule(scope, block_size, block_pooling_type, sparsity_m_by_n)
+        self.allow = allow
+        self._kernels: list[keras.Variable] = []
+        self._masks: list[keras.Variable] = []
+        self._thresholds: list[keras.Variable] = []
+
+    @no_automatic_dependency_tracking
+    def build(self, variables):
+        """Creates masks for the kernels among `variables`, and prunes them if the schedule is due at step 0."""
+        if self.built:
+            return
+        kernels = [variable for variable in variables if (self.allow or is_kernel)(variable)]
+        if not kernels:
+            raise ValueError(
+                "There is nothing to prune: no trainable variable "
+                + ("passes `allow`" if self.allow else f"of rank 2 or more is named {', '.join(sorted(KERNEL_NAMES))}")
+                + f". Received: {[(variable.path, tuple(variable.shape)) for variable in variables]}. "
+                "Choose kernels yourself: `allow=lambda variable: ...`."
+            )
+        for kernel in kernels:
+            self.rule.check(kernel, "Leave it out: `allow=lambda variable: ...`.")
+        self.inner_optimizer.build(variables)
+        super().build(variables)
+        self._kernels = kernels
+        with _outside_of_graphs():
+            masks, thresholds = self._initial_masks()
+            for kernel, mask, threshold in zip(kernels, masks, thresholds, strict=True):
+                # without a slash, by which saving would take it for a path
+                name = kernel.path.replace("/", "_")
+                self._masks.append(self._add(f"{name}_mask", mask, "bool"))
+                self._thresholds.append(self._add(f"{name}_threshold", threshold, "float32"))
+            self._project()
+
+    def _add(self, name, value, dtype):
+        value = np.asarray(value)
+        return self.add_variable(
+            shape=value.shape,
+            initializer=lambda shape, dtype: ops.convert_to_tensor(value, dtype),
+            dtype=dtype,
+            aggregation="only_first_replica",
+            name=name,
+        )
+
+    def _initial_masks(self):
+        """The masks before the first update: of step 0, of the zeros that are there, or all ones."""
+        kernels = [finite_weights(kernel) for kernel in self._kernels]
+        zeros = sum(kernel.size - np.count_nonzero(kernel) for kernel in kernels if kernel.any())
+        share = zeros / sum(kernel.size for kernel in kernels)
+        due, sparsity = (False, 0.0) if self.pruning_schedule is None else evaluate(self.pruning_schedule, 0)
+        if self.pruning_schedule is None and not self.rule.once:
+            return [kernel != 0 for kernel in kernels], [0.0] * len(kernels)
+        if share > (sparsity if due else 0.0) + 1e-3 and not self.rule.once:
+            warnings.warn(
+                f"{share:.1%} of the weights to prune are zero already, and this schedule lets them come back: it "
+                f"{f'begins at a sparsity of {sparsity:g}' if due else 'is not due at step 0'}. To keep them, begin at "
+                "their sparsity, at step 0, or pass no schedule.",
+                stacklevel=2,
+            )
+        if due or self.rule.once:
+            return self.rule(kernels, sparsity)
+        return [np.ones(kernel.shape, bool) for kernel in kernels], [0.0] * len(kernels)
+
+    @property
+    def pruning_vars(self) -> list[tuple[keras.Variable, keras.Variable, keras.Variable]]:
+        return list(zip(self._kernels, self._masks, self._thresholds, strict=True))
+
+    @property
+    def variables(self):
+        return self._variables + self.inner_optimizer.variables
+
+    @property
+    def learning_rate(self):
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate):
+        self.inner_optimizer.learning_rate = learning_rate
+
+    @property
+    def iterations(self):
+        """Updates done: the step of the schedule."""
+        return self.inner_optimizer.iterations
+
+    def scale_loss(self, loss):
+        return self.inner_optimizer.scale_loss(loss)
+
+    def apply(self, grads, trainable_variables=None):
+        if not self.built and trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
+            self.build(trainable_variables)
+        self.inner_optimizer.apply(grads, trainable_variables)
+        _on_all_replicas(self._follow_schedule)
+
+    def _follow_schedule(self):
+        if self.pruning_schedule is not None and not self.rule.once:
+            kernels = [kernel.value for kernel in self._kernels]
+            before = [mask.value for mask in self._masks], [threshold.value for threshold in self._thresholds]
+            due, sparsity = evaluate(self.pruning_schedule, ops.convert_to_tensor(self.iterations))
+            batches = self.inner_optimizer.gradient_accumulation_steps
+            if batches:
+                due = ops.logical_and(due, ops.convert_to_tensor(self.inner_optimizer._iterations) % batches == 0)
+            masks, thresholds = ops.cond(due, lambda: self.rule(kernels, sparsity), lambda: before)
+            for variables, values in ((self._masks, masks), (self._thresholds, thresholds)):
+                for variable, value in zip(variables, values, strict=True):
+                    variable.assign(value)
+        self._project()
+
+    def _project(self):
+        for kernel, mask in zip(self._kernels, self._masks, strict=True):
+            kernel.assign(kernel.value * ops.cast(mask.value, kernel.dtype))  # times, so that NaN stays NaN
+
+    def finalize_variable_values(self, var_list):
+        self.inner_optimizer.finalize_variable_values(var_list)
+        if self.built:
+            self._project()  # moving averages are dense
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
+            "pruning_schedule": schedules.serialize(self.pruning_schedule, f"pruning_schedule of {self.name!r}"),
+            "allow": schedules.serialize(self.allow, f"allow of {self.name!r}"),
+            **dataclasses.asdict(self.rule),
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = dict(config)
+        inner = keras.saving.deserialize_keras_object(config.pop("inner_optimizer"), custom_objects=custom_objects)
+        functions = {
+            name: schedules.deserialize(config.pop(name), custom_objects) for name in ("pruning_schedule", "allow")
+        }
+        return cls(inner, **functions, **config)
+
+
+def _outside_of_graphs():
+    """Where TensorFlow is tracing, an eager context around it, in which variables have values."""
+    if keras.backend.backend() != "tensorflow":
+        return contextlib.nullcontext()
+    import tensorflow as tf
+
+    return tf.init_scope()
+
+
+def _on_all_replicas(function):
+    """Calls `function` once for all replicas of a `tf.distribute` strategy, where variables may be assigned."""
+    if keras.backend.backend() != "tensorflow":
+        return function()
+    import tensorflow as tf
+
+    if tf.distribute.in_cross_replica_context() or not tf.distribute.has_strategy():
+        return function()
+    return tf.distribute.get_replica_context().merge_call(lambda strategy: function())
