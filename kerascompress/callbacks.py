@@ -135,18 +135,20 @@ class UpdatePruningStep(StepCallback):
 
     def _follow(self, wrappers, last: int, now: int) -> None:
         """Updates the masks if a scheduled step lies in (last, now], and zeroes what is masked."""
-        schedule = wrappers[0].pruning_schedule
         if wrappers[0].rule.once:
-            due, next_due = (0, 0.0) if last < 0 else None, None
+            due = (0, 0.0) if last < 0 else None
         else:
-            due = last_due(schedule, last, now)
-            next_due = last_due(schedule, now, now + self._execution)
-        if due or next_due or keras.backend.backend() != "jax":
+            due = last_due(wrappers[0].pruning_schedule, last, now)
+        if due or keras.backend.backend() != "jax" or self._is_due_next(wrappers[0], now):
             _ = self.model  # on JAX: brings the state back before it is read and changed
             if due:
                 update_masks(wrappers, due[1])
             for wrapper in wrappers:
                 wrapper.settle()
+
+    def _is_due_next(self, wrapper, now: int) -> bool:
+        schedule = wrapper.pruning_schedule
+        return not wrapper.rule.once and last_due(schedule, now, now + self._execution) is not None
 
 
 class MagnitudeScheduler(StepCallback):

@@ -29,8 +29,9 @@ class PruningOptimizer(keras.optimizers.Optimizer):
 
     Step 0 of the schedule is the moment before the first update, step n the moment after n updates, as with
     `UpdatePruningStep`. tfmot counts from 1: its `begin_step=4` is 3 here. If the schedule has an `end_step`, masks are
-    recomputed there even if its frequency misses it. A schedule that has one update (`ConstantSparsity(p, 0, 0)`) gives
-    permanent masks.
+    recomputed there even if its frequency misses it. A schedule of one update (`ConstantSparsity(p, 0, 0)`) gives
+    permanent masks. On TensorFlow, a model that gets its weights in its first batch is pruned at step 0 after the
+    gradient of that batch: call it once before.
 
     Args:
         inner_optimizer: A `keras.optimizers.Optimizer`, or its name. Weight decay, clipping, moving averages, gradient
@@ -93,6 +94,7 @@ class PruningOptimizer(keras.optimizers.Optimizer):
         self.rule = Rule(scope, block_size, block_pooling_type, sparsity_m_by_n)
         self.allow = allow
         self._kernels: list[keras.Variable] = []
+        self._is_late = False
         self._masks: list[keras.Variable] = []
         self._thresholds: list[keras.Variable] = []
 
@@ -115,13 +117,18 @@ class PruningOptimizer(keras.optimizers.Optimizer):
         super().build(variables)
         self._kernels = kernels
         with _outside_of_graphs():
-            masks, thresholds = self._initial_masks()
+            self._is_late = not _have_values(kernels)
+            if self._is_late:
+                masks, thresholds = [np.ones(kernel.shape, bool) for kernel in kernels], [0.0] * len(kernels)
+            else:
+                masks, thresholds = self._initial_masks([finite_weights(kernel) for kernel in kernels])
             for kernel, mask, threshold in zip(kernels, masks, thresholds, strict=True):
                 # without a slash, by which saving would take it for a path
                 name = kernel.path.replace("/", "_")
                 self._masks.append(self._add(f"{name}_mask", mask, "bool"))
                 self._thresholds.append(self._add(f"{name}_threshold", threshold, "float32"))
-            self._project()
+            if not self._is_late:
+                self._project()
 
     def _add(self, name, value, dtype):
         value = np.asarray(value)
@@ -133,24 +140,17 @@ class PruningOptimizer(keras.optimizers.Optimizer):
             name=name,
         )
 
-    def _initial_masks(self):
+    def _initial_masks(self, kernels):
         """The masks before the first update: of step 0, of the zeros that are there, or all ones."""
-        kernels = [finite_weights(kernel) for kernel in self._kernels]
-        zeros = sum(kernel.size - np.count_nonzero(kernel) for kernel in kernels if kernel.any())
-        share = zeros / sum(kernel.size for kernel in kernels)
-        due, sparsity = (False, 0.0) if self.pruning_schedule is None else evaluate(self.pruning_schedule, 0)
-        if self.pruning_schedule is None and not self.rule.once:
-            return [kernel != 0 for kernel in kernels], [0.0] * len(kernels)
-        if share > (sparsity if due else 0.0) + 1e-3 and not self.rule.once:
-            warnings.warn(
-                f"{share:.1%} of the weights to prune are zero already, and this schedule lets them come back: it "
-                f"{f'begins at a sparsity of {sparsity:g}' if due else 'is not due at step 0'}. To keep them, begin at "
-                "their sparsity, at step 0, or pass no schedule.",
-                stacklevel=2,
-            )
+        schedule = self.pruning_schedule
+        if schedule is None and not self.rule.once:
+            return [kernel != 0 for kernel in kernels], [np.float32(0)] * len(kernels)
+        due, sparsity = (False, 0.0) if schedule is None else evaluate(schedule, 0)
+        if not self._is_late and not self.rule.once:
+            _warn_of_zeros(kernels, due, sparsity)
         if due or self.rule.once:
             return self.rule(kernels, sparsity)
-        return [np.ones(kernel.shape, bool) for kernel in kernels], [0.0] * len(kernels)
+        return [abs(kernel) >= 0 for kernel in kernels], [np.float32(0)] * len(kernels)
 
     @property
     def pruning_vars(self) -> list[tuple[keras.Variable, keras.Variable, keras.Variable]]:
@@ -180,22 +180,33 @@ class PruningOptimizer(keras.optimizers.Optimizer):
         if not self.built and trainable_variables is not None:
             trainable_variables = list(trainable_variables)
             self.build(trainable_variables)
+        if self._is_late:
+            _on_all_replicas(self._catch_up)
         self.inner_optimizer.apply(grads, trainable_variables)
         _on_all_replicas(self._follow_schedule)
 
+    def _catch_up(self):
+        """Prunes at step 0 what had no weights yet when the optimizer was built."""
+        is_first = ops.equal(ops.convert_to_tensor(self.inner_optimizer._iterations), 0)
+        self._update(is_first, self._initial_masks)
+        self._project()
+
     def _follow_schedule(self):
         if self.pruning_schedule is not None and not self.rule.once:
-            kernels = [kernel.value for kernel in self._kernels]
-            before = [mask.value for mask in self._masks], [threshold.value for threshold in self._thresholds]
             due, sparsity = evaluate(self.pruning_schedule, ops.convert_to_tensor(self.iterations))
             batches = self.inner_optimizer.gradient_accumulation_steps
             if batches:
                 due = ops.logical_and(due, ops.convert_to_tensor(self.inner_optimizer._iterations) % batches == 0)
-            masks, thresholds = ops.cond(due, lambda: self.rule(kernels, sparsity), lambda: before)
-            for variables, values in ((self._masks, masks), (self._thresholds, thresholds)):
-                for variable, value in zip(variables, values, strict=True):
-                    variable.assign(value)
+            self._update(due, lambda kernels: self.rule(kernels, sparsity))
         self._project()
+
+    def _update(self, is_due, make_masks):
+        kernels = [kernel.value for kernel in self._kernels]
+        before = [mask.value for mask in self._masks], [threshold.value for threshold in self._thresholds]
+        masks, thresholds = ops.cond(is_due, lambda: make_masks(kernels), lambda: before)
+        for variables, values in ((self._masks, masks), (self._thresholds, thresholds)):
+            for variable, value in zip(variables, values, strict=True):
+                variable.assign(value)
 
     def _project(self):
         for kernel, mask in zip(self._kernels, self._masks, strict=True):
@@ -223,6 +234,23 @@ class PruningOptimizer(keras.optimizers.Optimizer):
             name: schedules.deserialize(config.pop(name), custom_objects) for name in ("pruning_schedule", "allow")
         }
         return cls(inner, **functions, **config)
+
+
+def _warn_of_zeros(kernels, due: bool, sparsity: float) -> None:
+    zeros = sum(kernel.size - np.count_nonzero(kernel) for kernel in kernels if kernel.any())
+    share = zeros / sum(kernel.size for kernel in kernels)
+    if share > (sparsity if due else 0.0) + 1e-3:
+        warnings.warn(
+            f"{share:.1%} of the weights to prune are zero already, and this schedule lets them come back: it "
+            f"{f'begins at a sparsity of {sparsity:g}' if due else 'is not due at step 0'}. To keep them, begin at "
+            "their sparsity, at step 0, or pass no schedule.",
+            stacklevel=2,
+        )
+
+
+def _have_values(kernels) -> bool:
+    """False where TensorFlow is tracing the first batch of a model that is built by it."""
+    return keras.backend.backend() != "tensorflow" or all(bool(kernel.value.is_initialized()) for kernel in kernels)
 
 
 def _outside_of_graphs():

@@ -127,12 +127,14 @@ class PruneLowMagnitude(layers.Wrapper):
             mask = self.add_weight(
                 name=f"mask{suffix}", shape=kernel.shape, dtype="bool", initializer="ones", **settings
             )
-            self._masks.append(mask)
-            self._thresholds.append(
-                self.add_weight(
-                    name=f"threshold{suffix}", shape=(), dtype=kernel.dtype, initializer="zeros", **settings
-                )
+            threshold = self.add_weight(
+                name=f"threshold{suffix}", shape=(), dtype=kernel.dtype, initializer="zeros", **settings
             )
+            self._masks.append(mask)
+            self._thresholds.append(threshold)
+            # as attributes too: in a list, tf.train.Checkpoint does not see them
+            setattr(self, f"_mask{suffix}", mask)
+            setattr(self, f"_threshold{suffix}", threshold)
             if kernel.regularizer is not None:
                 kernel.regularizer = _OfMasked(kernel.regularizer, mask)
         self.pruning_step = self.add_weight(

@@ -278,8 +278,10 @@ def test_after_every_batch_the_effective_kernels_are_exactly_sparse(case):
     size = effective(pruned).size
     # the schedule's first sparsity is in force from the first batch on
     assert record.seen[0][0] >= round(size * 0.2) - 1
-    if case in ("sgd_momentum", "adamw", "jit"):
-        assert max(hidden for _, hidden in record.seen) > 0  # momentum does move raw weights: the masks have work to do
+    if keras.backend.backend() != "jax":
+        assert max(hidden for _, hidden in record.seen) == 0  # raw kernels too, for checkpoints between batches
+    elif case in ("sgd_momentum", "adamw", "jit"):
+        assert max(hidden for _, hidden in record.seen) > 0  # there, masks have work to do
     assert kc.sparsity(pruned) == pytest.approx(0.75, abs=1 / size)
     raw = [keras.ops.convert_to_numpy(weight.value) for weight in pruning.prunable_weights(pruned)]
     assert sum(each.size - np.count_nonzero(each) for each in raw) == size - np.count_nonzero(effective(pruned))
@@ -307,7 +309,8 @@ def test_an_update_is_due_when_a_scheduled_step_lies_since_the_last_call(steps_p
     model = keras.Sequential([keras.Input((20,)), kc.PruneLowMagnitude(layers.Dense(10), schedule)])
     model.compile("sgd", "mse", steps_per_execution=steps_per_execution)
     model.fit(np.ones((24, 20)), np.ones((24, 10)), batch_size=1, verbose=0, callbacks=[kc.UpdatePruningStep()])
-    assert {0, 7, 13} <= set(asked) <= set(range(25))
+    ahead = steps_per_execution if keras.backend.backend() == "jax" else 0  # to zero what is masked before it is due
+    assert {0, 7, 13} <= set(asked) <= set(range(25 + ahead))
     assert kc.sparsity(model) == pytest.approx(0.75, abs=0.01)
 
 

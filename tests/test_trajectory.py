@@ -112,7 +112,7 @@ def test_masks_equal_tfmots_at_every_step_and_weights_at_the_end(tfmots, name, c
         for step, mask in enumerate(masks):
             np.testing.assert_array_equal(mask[i], expected[step], err_msg=f"kernel {i}, batch {step + 1}")
         np.testing.assert_allclose(kernel, theirs[f"kernel{i}"], atol=2e-5)
-        assert len({mask.tobytes() for mask in expected}) > 4  # tfmot did prune, several times
+        assert not expected[-1].all()  # tfmot did prune
 
 
 def test_tfmot_does_let_weights_come_back_in_these_cases(tfmots):

@@ -1,0 +1,411 @@
+"""Masks carried by the optimizer: exactly sparse after every step, whatever the model and whatever trains it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+import kerascompress as kc
+
+DECAY = {"initial_sparsity": 0.2, "final_sparsity": 0.75, "begin_step": 0, "end_step": 10, "frequency": 2}
+
+
+def net() -> keras.Model:
+    return keras.Sequential(
+        [
+            keras.Input((6, 6, 2)),
+            layers.Conv2D(4, 3, name="conv"),
+            layers.BatchNormalization(name="bn"),
+            layers.DepthwiseConv2D(3, activation="relu", name="depthwise"),
+            layers.Flatten(),
+            layers.Dense(4, name="head"),
+        ]
+    )
+
+
+@keras.saving.register_keras_serializable("tests")
+class Subclassed(keras.Model):
+    """A model whose layers nobody can replace, with a kernel of its own and a model inside."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = keras.Sequential([layers.Flatten(), layers.Dense(8, activation="relu")])
+        self.head = layers.Dense(4)
+
+    def build(self, input_shape):
+        self.kernel = self.add_weight(name="kernel", shape=(8, 8))
+        self.inner.build(input_shape)
+        self.head.build((None, 8))
+
+    def call(self, inputs):
+        return self.head(ops.matmul(self.inner(inputs), self.kernel))
+
+
+def data(count=64):
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(count, 6, 6, 2)).astype("float32"), rng.integers(0, 4, count)
+
+
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def prune(model, optimizer=None, schedule=None, compile_kwargs=None, **kwargs):
+    optimizer = optimizer or keras.optimizers.SGD(0.1, momentum=0.9)
+    schedule = kc.PolynomialDecay(**DECAY) if schedule is None else schedule
+    model.compile(kc.PruningOptimizer(optimizer, schedule, **kwargs), LOSS, **(compile_kwargs or {}))
+    return model
+
+
+def fit(model, callbacks=(), epochs=1, count=64, **kwargs):
+    return model.fit(*data(count), batch_size=8, shuffle=False, verbose=0, epochs=epochs, callbacks=[*callbacks])
+
+
+def kernels(model):
+    return {v.path: ops.convert_to_numpy(v) for v in model.trainable_variables if len(v.shape) > 1}
+
+
+class Sparsities(keras.callbacks.Callback):
+    """The share of zeros after every batch, by NumPy."""
+
+    def on_train_begin(self, logs=None):
+        self.seen = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        weights = np.concatenate([kernel.ravel() for kernel in kernels(self.model).values()])
+        self.seen.append(np.mean(weights == 0))
+
+
+def expected(step):
+    """PolynomialDecay's formula, at the last step at which it was due."""
+    step = min(step - step % 2, 10)
+    return 0.75 - 0.55 * (1 - step / 10) ** 3
+
+
+@pytest.mark.parametrize(
+    "case", ["momentum", "adamw_clipped", "jit", "mixed_float16", "mixed_bfloat16", "accumulation", "ema"]
+)
+def test_after_every_batch_the_kernels_are_as_sparse_as_the_schedule_says(case):
+    optimizer = {
+        "adamw_clipped": lambda: keras.optimizers.AdamW(0.01, weight_decay=0.05, global_clipnorm=1.0),
+        "accumulation": lambda: keras.optimizers.Adam(0.01, gradient_accumulation_steps=2),
+        "ema": lambda: keras.optimizers.SGD(0.1, momentum=0.9, use_ema=True, ema_overwrite_frequency=3),
+    }.get(case, lambda: keras.optimizers.SGD(0.1, momentum=0.9))()
+    if case.startswith("mixed"):
+        keras.config.set_dtype_policy(case)
+    model = prune(net(), optimizer, scope="global", compile_kwargs={"jit_compile": case == "jit" or "auto"})
+    sparsities = Sparsities()
+    fit(model, [sparsities], count=96)
+    updates = [step // 2 if case == "accumulation" else step for step in range(1, 13)]
+    size = sum(kernel.size for kernel in kernels(model).values())
+    np.testing.assert_allclose(sparsities.seen, [expected(step) for step in updates], atol=1 / size)
+    assert kc.sparsity(model) == pytest.approx(expected(updates[-1]), abs=1 / size)
+
+
+def test_the_moving_average_that_overwrites_the_weights_at_the_end_is_masked():
+    model = prune(net(), keras.optimizers.SGD(0.1, use_ema=True), kc.ConstantSparsity(0.5, 0), scope="global")
+    fit(model)
+    assert kc.sparsity(model) == pytest.approx(0.5, abs=0.005)
+
+
+@pytest.mark.parametrize("steps_per_execution", [3, 8])
+def test_several_steps_in_one_execution_give_the_same_weights_as_one_by_one(steps_per_execution):
+    one, several = net(), net()
+    several.set_weights(one.get_weights())
+    fit(prune(one, scope="global"), count=96)
+    fit(prune(several, scope="global", compile_kwargs={"steps_per_execution": steps_per_execution}), count=96)
+    for path, kernel in kernels(several).items():
+        np.testing.assert_allclose(kernel, kernels(one)[path.replace(several.name, one.name)], atol=1e-6)
+        np.testing.assert_array_equal(kernel == 0, kernels(one)[path.replace(several.name, one.name)] == 0)
+
+
+def test_the_last_update_at_end_step_is_never_missed():
+    schedule = kc.PolynomialDecay(0.0, 0.75, begin_step=0, end_step=7, frequency=5)
+    model = prune(net(), schedule=schedule)
+    fit(model)
+    assert kc.sparsity(model) == pytest.approx(0.75, abs=0.01)
+
+
+def test_without_a_schedule_what_is_zero_stays_zero_and_nothing_else():
+    model = net()
+    head = model.get_layer("head").kernel
+    zeros = np.random.default_rng(0).random(head.shape) < 0.4
+    head.assign(np.where(zeros, 0, 1))
+    model.compile(kc.PruningOptimizer("adam"), LOSS)
+    fit(model)
+    np.testing.assert_array_equal(ops.convert_to_numpy(head) == 0, zeros)
+    assert np.all(kernels(model)[model.get_layer("conv").kernel.path] != 0)
+
+
+def test_a_schedule_of_ones_own_computes_with_ops():
+    def at_three(step):
+        return ops.equal(step, 3), 0.1 * ops.cast(step, "float32")
+
+    model = prune(net(), schedule=at_three)
+    sparsities = Sparsities()
+    fit(model, [sparsities])
+    assert sparsities.seen[:2] == [0, 0]
+    assert sparsities.seen[2:] == pytest.approx([0.3] * 6, abs=0.01)
+
+
+def test_a_subclassed_model_is_pruned_its_own_kernel_included():
+    model = prune(Subclassed(), scope="global")
+    fit(model, epochs=2)
+    assert kc.sparsity(model) == pytest.approx(0.75, abs=0.002)
+    assert len(kernels(model)) == 3
+    assert all((kernel == 0).any() for kernel in kernels(model).values())
+
+
+def test_a_distiller_prunes_its_student():
+    teacher, student = net(), net()
+    before = teacher.get_weights()
+    distiller = kc.Distiller(student, teacher, augment=layers.Identity(), num_candidates=1)
+    distiller.compile(kc.PruningOptimizer("sgd", kc.ConstantSparsity(0.5, 0), scope="global"))
+    distiller.fit(*data(16), batch_size=8, verbose=0)
+    assert kc.sparsity(student) == pytest.approx(0.5, abs=0.005)
+    for ours, theirs in zip(teacher.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_allow_chooses_the_kernels():
+    model = prune(net(), schedule=kc.ConstantSparsity(0.5, 0), allow=lambda variable: "head" in variable.path)
+    fit(model)
+    zeros = {path.split("/")[-2]: (kernel == 0).mean() for path, kernel in kernels(model).items()}
+    assert zeros == {"conv": 0, "depthwise": 0, "head": 0.5}
+
+
+@pytest.mark.parametrize("settings", [{"block_size": (2, 2)}, {"sparsity_m_by_n": (2, 4)}], ids=str)
+def test_blocks_and_m_by_n_hold_while_it_trains(settings):
+    model = keras.Sequential([keras.Input((8,)), layers.Dense(8), layers.Dense(4)])
+    model.compile(kc.PruningOptimizer("adam", kc.ConstantSparsity(0.5, 0, frequency=2), **settings), "mse")
+    model.fit(np.ones((64, 8)), np.ones((64, 4)), batch_size=8, verbose=0)
+    kernel = ops.convert_to_numpy(model.layers[0].kernel) != 0
+    if "block_size" in settings:
+        assert {int(block.sum()) for block in kernel.reshape(4, 2, 4, 2).swapaxes(1, 2).reshape(16, 4)} == {0, 4}
+    else:
+        assert set(kernel.reshape(2, 4, 8).sum(axis=1).ravel()) == {2}
+
+
+# --- saved and restored ---
+
+
+def states(model):
+    return [ops.convert_to_numpy(v) for v in [*model.variables, *model.optimizer.variables]]
+
+
+@pytest.mark.parametrize("how", ["keras", "weights"])
+def test_a_training_that_is_saved_and_loaded_goes_on_bit_for_bit(tmp_path, how):
+    model = prune(net(), scope="global")
+    fit(model, count=32)
+    if how == "keras":
+        model.save(tmp_path / "model.keras")
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+    else:
+        model.save_weights(tmp_path / "model.weights.h5")
+        loaded = prune(net(), scope="global")
+        loaded.build((None, 6, 6, 2))
+        loaded.optimizer.build(loaded.trainable_variables)
+        loaded.load_weights(tmp_path / "model.weights.h5")
+    for each in (model, loaded):
+        fit(each, count=64)
+    assert int(loaded.optimizer.iterations) == 12
+    for ours, theirs in zip(states(loaded), states(model), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_backup_of_a_training_killed_within_an_epoch_is_sparse_and_goes_on_bit_for_bit(tmp_path):
+    class Killed(Exception):  # noqa: N818
+        pass
+
+    class Kill(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 4:
+                raise Killed
+
+    def start(folder):
+        keras.utils.set_random_seed(1)
+        model = prune(net(), scope="global")
+        return model, keras.callbacks.BackupAndRestore(folder, save_freq=1)
+
+    whole, backup = start(tmp_path / "whole")
+    fit(whole, [backup])
+    model, backup = start(tmp_path / "killed")
+    with pytest.raises(Killed):
+        fit(model, [backup, Kill()])
+    model, backup = start(tmp_path / "killed")
+    backup.set_model(model)
+    inputs, labels = data()
+    model.optimizer.build(model.trainable_variables)
+    model.load_weights(tmp_path / "killed" / "latest.weights.h5")
+    done = int(model.optimizer.iterations)
+    assert done == 5
+    assert kc.sparsity(model) == pytest.approx(expected(done), abs=0.01)
+    model.fit(inputs[8 * done :], labels[8 * done :], batch_size=8, shuffle=False, verbose=0)
+    for ours, theirs in zip(states(model), states(whole), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_its_config_round_trips_and_a_lambda_is_refused():
+    optimizer = kc.PruningOptimizer(
+        keras.optimizers.AdamW(1e-3), kc.PolynomialDecay(**DECAY), block_size=(2, 1), block_pooling_type="MAX", name="p"
+    )
+    config = optimizer.get_config()
+    again = kc.PruningOptimizer.from_config(json.loads(json.dumps(config)))
+    assert again.get_config() == config
+    assert type(again.inner_optimizer) is keras.optimizers.AdamW
+    assert again.pruning_schedule.get_config() == optimizer.pruning_schedule.get_config()
+    with pytest.raises(ValueError, match="a lambda as allow of 'p'"):
+        kc.PruningOptimizer("sgd", allow=lambda variable: True, name="p").get_config()
+
+
+# --- loops, learning rates, devices ---
+
+
+def test_learning_rates_of_callbacks_and_schedules_reach_the_inner_optimizer():
+    model = prune(net())
+    fit(model, [keras.callbacks.LearningRateScheduler(lambda epoch: 0.1 / (epoch + 1))], epochs=2)
+    assert float(ops.convert_to_numpy(model.optimizer.inner_optimizer.learning_rate)) == pytest.approx(0.05)
+    decay = keras.optimizers.schedules.ExponentialDecay(0.1, decay_steps=8, decay_rate=0.5)
+    model = prune(net(), keras.optimizers.SGD(decay))
+    fit(model)
+    assert float(ops.convert_to_numpy(model.optimizer.learning_rate)) == pytest.approx(0.05)
+
+
+@pytest.mark.tensorflow_only
+@pytest.mark.parametrize("is_built", [False, True])
+def test_it_prunes_in_a_custom_loop_compiled_by_tensorflow(is_built):
+    import tensorflow as tf
+
+    model = net()
+    optimizer = kc.PruningOptimizer(keras.optimizers.SGD(0.1), kc.ConstantSparsity(0.5, 0), scope="global")
+    if is_built:
+        optimizer.build(model.trainable_variables)
+
+    @tf.function
+    def step(images, labels):
+        with tf.GradientTape() as tape:
+            loss = LOSS(labels, model(images, training=True))
+        gradients = tape.gradient(loss, model.trainable_variables)
+        optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+
+    step(*data(8))
+    step(*data(8))
+    assert kc.sparsity(model) == pytest.approx(0.5, abs=0.005)
+    assert int(optimizer.iterations) == 2
+
+
+def test_stateless_apply_returns_sparse_kernels_on_jax():
+    if keras.backend.backend() != "jax":
+        pytest.skip("TensorFlow's optimizers have no stateless_apply")
+    import jax
+
+    model = net()
+    optimizer = kc.PruningOptimizer(keras.optimizers.SGD(0.1), kc.PolynomialDecay(0.0, 0.5, 0, 2, frequency=1))
+    optimizer.build(model.trainable_variables)
+    variables = [v.value for v in model.trainable_variables]
+    state = [v.value for v in optimizer.variables]
+    gradients = [ops.ones_like(v) for v in variables]
+    apply = jax.jit(optimizer.stateless_apply)
+    for share in (0.4375, 0.5):  # 0.5 - 0.5 * (1 - step / 2) ** 3
+        variables, state = apply(state, gradients, variables)
+        head = np.asarray(variables[-2])
+        assert (head == 0).mean() == pytest.approx(share, abs=0.02)
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+def test_on_two_virtual_devices_masks_and_weights_are_those_of_one(policy):
+    code = """
+import sys, keras, numpy as np
+import kerascompress as kc
+backend, devices, policy = keras.backend.backend(), int(sys.argv[1]), sys.argv[2]
+keras.config.set_dtype_policy(policy)
+scope = None
+if backend == "tensorflow":
+    import contextlib, tensorflow as tf
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+    scope = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope() if devices == 2 else contextlib.nullcontext()
+else:
+    import contextlib
+    if devices == 2:
+        keras.distribution.set_distribution(keras.distribution.DataParallel(devices=keras.distribution.list_devices()))
+    scope = contextlib.nullcontext()
+rng = np.random.default_rng(0)
+start = [rng.normal(size=shape) for shape in ((20, 10), (10,))]
+with scope:
+    model = keras.Sequential([keras.Input((20,)), keras.layers.Dense(10)])
+    model.set_weights(start)
+    schedule = kc.PolynomialDecay(0.0, 0.5, 0, 4, frequency=1)
+    model.compile(kc.PruningOptimizer(keras.optimizers.SGD(0.01, momentum=0.9), schedule, scope="global"), "mse")
+x, y = rng.normal(size=(48, 20)), rng.normal(size=(48, 10))
+model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+print(kc.sparsity(model), np.abs(model.get_weights()[0]).sum())
+"""
+    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    seen = []
+    for devices in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code, devices, policy],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | environment,
+        )
+        assert done.returncode == 0, done.stderr
+        seen.append([float(each) for each in done.stdout.splitlines()[-1].split()])
+    (sparsity, total), (sparsity_of_two, total_of_two) = seen
+    assert sparsity == sparsity_of_two == 0.5
+    assert total_of_two == pytest.approx(total, rel=1e-5 if policy == "float32" else 1e-2)
+
+
+# --- what is wrong is seen ---
+
+
+def test_a_diverged_training_stays_visible_under_the_mask():
+    model = prune(net(), keras.optimizers.SGD(1e30), kc.ConstantSparsity(0.5, 0, frequency=1), scope="global")
+    fit(model)
+    assert not all(np.isfinite(kernel).all() for kernel in kernels(model).values())
+    model = net()
+    model.get_layer("conv").kernel.assign(np.full((3, 3, 2, 4), np.nan))
+    with pytest.raises(ValueError, match="conv/kernel' holds NaN or infinite"):
+        kc.PruningOptimizer("sgd").build(model.trainable_variables)
+
+
+def test_a_schedule_that_would_let_zeros_come_back_gets_a_warning():
+    dense = net()
+    fit(prune(dense, schedule=kc.ConstantSparsity(0.5, 0), scope="global"))
+    with pytest.warns(UserWarning, match=r"50.\d% of the weights to prune are zero already.*sparsity of 0.2"):
+        prune(dense, scope="global").optimizer.build(dense.trainable_variables)
+    prune(dense, schedule=kc.PolynomialDecay(0.5, 0.8, 0, 10), scope="global").optimizer.build(
+        dense.trainable_variables
+    )
+
+
+def build(optimizer, model=None):
+    optimizer.build((model or net()).trainable_variables)
+
+
+def no_kernel():
+    kc.PruningOptimizer("sgd").build([keras.Variable(np.ones((2, 2)), name="matrix")])
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: kc.PruningOptimizer("sgd", 0.6), TypeError, "`pruning_schedule` must be a schedule"),
+        (lambda: kc.PruningOptimizer("sgd", allow="kernel"), TypeError, "Received: allow='kernel'"),
+        (lambda: kc.PruningOptimizer(kc.PruningOptimizer("sgd")), ValueError, "a loss scale goes around"),
+        (lambda: kc.PruningOptimizer("sgd", scope="model"), ValueError, "Received: scope='model'"),
+        (lambda: build(kc.PruningOptimizer("sgd", block_size=(2, 2))), ValueError, "Leave it out: `allow="),
+        (lambda: build(kc.PruningOptimizer("sgd", lambda step: (True, 60))), ValueError, "divide them by 100"),
+        (lambda: fit(prune(net(), schedule=lambda step: (step in (0, 7), 0.5))), TypeError, "with `keras.ops`"),
+        (no_kernel, ValueError, r"nothing to prune.*'matrix'.*allow=lambda"),
+    ],
+)
+def test_bad_input_gets_an_error_that_says_what_to_do(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
