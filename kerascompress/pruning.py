@@ -4,15 +4,17 @@ A wrapper masks its layer's kernels in the forward pass; a callback recomputes t
 schedule says. The masks are arithmetic on NumPy arrays, so that they are the same on every backend.
 """
 
+import contextlib
+import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 import numpy as np
 from keras import layers, ops
 
-from kerascompress import schedules
+from kerascompress import graph, schedules
 from kerascompress.masks import PRUNABLE_KERNELS, block_mask, m_by_n_mask, magnitude_mask
 from kerascompress.schedules import Schedule, check_schedule
 
@@ -27,7 +29,7 @@ def prunable_weights(layer: keras.Layer) -> list[keras.Variable]:
     if hasattr(layer, "get_prunable_weights"):
         return list(layer.get_prunable_weights())
     weights = [getattr(layer, name) for name in _kernel_names(layer)]
-    for child in _children(layer):
+    for child in graph.children(layer):
         weights += [weight for weight in prunable_weights(child) if all(weight is not known for known in weights)]
     return weights
 
@@ -127,14 +129,27 @@ class PruneLowMagnitude(layers.Wrapper):
         self.block_pooling_type = block_pooling_type
         self.scope = scope
         self.supports_masking = layer.supports_masking
+        graph.keep_config(layer)
         self._masks: list[keras.Variable] = []
         self._thresholds: list[keras.Variable] = []
         self.step = -1  # `pruning_step` on the host while training; `settle` writes it to the variable
         self._stored_step = -1  # what this layer last wrote there
         self._is_driven = False  # whether an UpdatePruningStep drives this layer
 
+    def __call__(self, *args, **kwargs):
+        # Keras takes the shape and the mask of what comes first, and refuses tensors beside other keywords.
+        for name in list(inspect.signature(self.layer.call).parameters)[len(args) :]:
+            if not hasattr(kwargs.get(name), "shape"):
+                break
+            args += (kwargs.pop(name),)
+        if len(args) > 1 and not self.built:
+            graph.build(self.layer, *args, **kwargs)
+        return super().__call__(*args, **kwargs)
+
     def build(self, input_shape=None):
         super().build(input_shape)
+        if not all(each.built for each in graph.walk(self.layer)):
+            graph.build(self.layer, keras.KerasTensor(input_shape, self.layer.input_dtype))
         for kernel in prunable_weights(self.layer):
             self._check_rank(kernel)
             settings = {"trainable": False, "aggregation": "only_first_replica"}
@@ -328,7 +343,8 @@ def prune_low_magnitude(
         The wrapped layer, the list of wrapped layers, or a new uncompiled model.
 
     Raises:
-        ValueError: If there is nothing to prune, for a subclassed model, or for anything that is no Keras 3 object.
+        ValueError: If there is nothing to prune, for a subclassed model, a layer that cannot be copied, a policy of
+            tfmot's, or anything that is no Keras 3 object.
 
     Example:
         >>> import keras, kerascompress as kc
@@ -369,38 +385,46 @@ def prune_low_magnitude(
             for layer in to_prune
         ]
     if pruning_policy is not None:
+        _check_policy(pruning_policy)
         pruning_policy.ensure_model_supports_pruning(to_prune)
-
-    def prune(layer):
+    chosen = set()
+    with _advice():
+        layers_of_model = graph.leaves(to_prune)
+    for layer in layers_of_model:
         if any(_wrappers(layer)):
             _warn_of_wrapper(layer)
         elif not _is_prunable(layer):
             _warn_of_dense_weights(layer)
         elif pruning_policy is None or pruning_policy.allow_pruning(layer):
-            return PruneLowMagnitude(_copy(layer), **settings)
-        return _copy(layer)
-
-    pruned = _rebuild(to_prune, prune)
-    if not any(_wrappers(pruned)):
+            chosen.add(id(layer))
+            for part in _unprunable_parts(layer):
+                _warn_of_dense_weights(part)
+    if not chosen and not any(_wrappers(to_prune)):
         raise ValueError(
             f"Model {to_prune.name!r} has no layer to prune. Prunable are "
             f"{', '.join(kind.__name__ for kind in PRUNABLE_KERNELS)}, layers made of them, and layers with a method "
             f"`get_prunable_weights()`. Received: pruning_policy={pruning_policy!r}."
         )
-    return pruned
+
+    def prune(layer):
+        copy = graph.copy(layer)
+        return PruneLowMagnitude(copy, **settings) if id(layer) in chosen else copy
+
+    with _advice():
+        return graph.rebuild(to_prune, prune)
 
 
 def strip_pruning(model: keras.Model) -> keras.Model:
     """A plain copy of a pruned model, without wrappers, its masked weights exactly zero.
 
     Args:
-        model: A Sequential or Functional model, nested ones included. It is left as it is.
+        model: A Sequential or Functional model, nested ones included; without wrappers, any model. It is left as it is.
 
     Returns:
         A new, uncompiled model with the layers and names that the model had before pruning.
 
     Raises:
-        ValueError: If `model` is no Keras 3 model, or is subclassed.
+        ValueError: If `model` is no Keras 3 model, if it is subclassed and holds wrappers, or if it cannot be copied.
 
     Example:
         >>> import keras, kerascompress as kc
@@ -410,7 +434,11 @@ def strip_pruning(model: keras.Model) -> keras.Model:
     """
     if not isinstance(model, keras.Model):
         raise ValueError(f"`strip_pruning` needs a Keras 3 model. Received: {model!r} of type {type(model).__name__}.")
-    copy = _rebuild(model, lambda layer: _copy(layer.layer if isinstance(layer, PruneLowMagnitude) else layer))
+    if not any(_wrappers(model)):
+        return graph.copy(model)
+    with _advice():
+        graph.leaves(model)
+        copy = graph.rebuild(model, _stripped)
     hidden = [wrapper.path for wrapper in _wrappers(copy)]
     if hidden:
         raise ValueError(
@@ -456,12 +484,8 @@ def _masked(kernel, mask):
     return ops.where(mask.value, kernel.value, ops.zeros_like(kernel.value))
 
 
-def _children(layer: keras.Layer) -> list[keras.Layer]:
-    return list(layer._flatten_layers(include_self=False, recursive=False))
-
-
 def _wrappers(layer: keras.Layer) -> Iterator[PruneLowMagnitude]:
-    return (each for each in layer._flatten_layers() if isinstance(each, PruneLowMagnitude))
+    return (each for each in graph.walk(layer) if isinstance(each, PruneLowMagnitude))
 
 
 def _kernel_names(layer: keras.Layer) -> tuple[str, ...]:
@@ -474,7 +498,7 @@ def _is_prunable(layer: keras.Layer) -> bool:
     # these write to what a masked kernel stands for, or to state that is no variable of theirs
     if isinstance(layer, layers.SpectralNormalization) or getattr(layer, "stateful", False):
         return False
-    return bool(_kernel_names(layer)) or any(_is_prunable(child) for child in _children(layer))
+    return bool(_kernel_names(layer)) or any(_is_prunable(child) for child in graph.children(layer))
 
 
 def _effective_kernels(layer: keras.Layer, seen: set[int]) -> Iterator[np.ndarray]:
@@ -487,105 +511,89 @@ def _effective_kernels(layer: keras.Layer, seen: set[int]) -> Iterator[np.ndarra
     elif hasattr(layer, "get_prunable_weights") or _kernel_names(layer):
         yield from (_numpy(weight) for weight in prunable_weights(layer))
     else:
-        for child in _children(layer):
+        for child in graph.children(layer):
             yield from _effective_kernels(child, seen)
+
+
+def _unprunable_parts(layer: keras.Layer) -> Iterator[keras.Layer]:
+    """The parts of a prunable layer that nothing says how to prune, such as a recurrent cell of the user's own."""
+    if hasattr(layer, "get_prunable_weights") or _kernel_names(layer):
+        return
+    for part in graph.children(layer):
+        if _is_prunable(part):
+            yield from _unprunable_parts(part)
+        else:
+            yield part
 
 
 def _warn_of_dense_weights(layer: keras.Layer) -> None:
     own = type(layer).__module__.partition(".")[0] not in ("keras", "kerascompress")
     kernels = {name for names in PRUNABLE_KERNELS.values() for name in names}
     dense = [v.path for v in layer.trainable_variables if len(v.shape) > 1 and (own or v.name in kernels)]
+    if not dense and not layer.built and not hasattr(layer, "get_prunable_weights"):
+        parts = graph.walk(layer)  # before it is built, only what builds kernels can be told
+        makes = own and type(layer).build is not keras.Layer.build
+        makes |= any(_kernel_names(each) or hasattr(each, "kernel_initializer") for each in parts)
+        dense = ["whatever it will build"] if makes else []
     if dense:
         warnings.warn(
             f"Layer {layer.name!r} of type {type(layer).__name__} stays dense, {dense} included. "
             "Give a layer of your own a method `get_prunable_weights()` that returns the variables to prune, or [].",
-            stacklevel=5,
+            stacklevel=3,
         )
 
 
 def _warn_of_wrapper(layer: keras.Layer) -> None:
     warnings.warn(
         f"Layer {layer.name!r} is pruned already and keeps its schedule. For another one, use `strip_pruning` first.",
-        stacklevel=5,
+        stacklevel=3,
     )
 
 
-def _rebuild(model: keras.Model, replace: Callable[[keras.Layer], keras.Layer]) -> keras.Model:
-    """A copy of `model`, its weights included, in which `replace(layer)` stands for each layer."""
-    models = [each for each in model._flatten_layers() if isinstance(each, keras.Model)]
-    replaced: list[tuple[keras.Layer, keras.Layer]] = []
+@graph.copy.register
+def _(wrapper: PruneLowMagnitude, dtype: Any = None) -> PruneLowMagnitude:
+    settings = ("pruning_schedule", "block_size", "block_pooling_type", "sparsity_m_by_n", "scope", "name")
+    copy = PruneLowMagnitude(graph.copy(wrapper.layer, dtype), **{name: getattr(wrapper, name) for name in settings})
+    if wrapper.built:
+        copy.build_from_config(wrapper.get_build_config())
+        copy.set_weights(wrapper.get_weights())
+        copy.settle()
+    return copy
 
-    def clone(layer):
-        if isinstance(layer, keras.Model):  # clone_model goes into Sequential and Functional models by itself
-            raise _subclassed(layer)
-        if not isinstance(layer, keras.Layer):
-            return layer  # a `keras.ops` node: no state
-        replaced.append((layer, replace(layer)))
-        return replaced[-1][1]
 
-    if not isinstance(model, keras.Sequential) and not hasattr(model, "operations"):
-        raise _subclassed(model)
-    # clone_model also compiles the copy like the model, with an optimizer that a new set of variables would confuse.
-    compiled = [each.compiled for each in models]
+def _stripped(layer: keras.Layer) -> keras.Layer:
+    if not isinstance(layer, PruneLowMagnitude):
+        return graph.copy(layer)
+    copy = graph.copy(layer.layer)
+    for kernel, weights in zip(prunable_weights(copy) if layer.built else [], layer.effective_weights(), strict=True):
+        kernel.assign(weights)
+    return copy
+
+
+@contextlib.contextmanager
+def _advice() -> Iterator[None]:
+    """Says what to do where a model cannot be copied layer by layer."""
     try:
-        for each in models:
-            each.compiled = False
-        copy = keras.models.clone_model(model, clone_function=clone, recursive=True)
-    finally:
-        for each, was_compiled in zip(models, compiled, strict=True):
-            each.compiled = was_compiled
-    if model.built and not copy.built:
-        copy.build(model.input_shape)
-    for old, new in replaced:
-        _copy_state(old, new)
-    if type(copy) is not type(model):
-        warnings.warn(
-            f"The copy of {model.name!r} is a plain {type(copy).__name__}, no {type(model).__name__}: methods of that "
-            "class, such as a `train_step` of its own, are not there. Wrap its layers where they are made instead.",
-            stacklevel=4,
+        yield
+    except graph.CopyError as error:
+        raise ValueError(
+            f"{error} Wrap its layers where they are made, e.g. "
+            "`self.conv = prune_low_magnitude(keras.layers.Conv2D(...), schedule)`, or use the Functional API; or let "
+            "the optimizer prune the model as it is, without wrappers: "
+            "`model.compile(kc.PruningOptimizer(keras.optimizers.AdamW(1e-3), schedule), loss)`."
+        ) from error
+
+
+def _check_policy(policy: Any) -> None:
+    methods = [getattr(type(policy), name, None) for name in ("allow_pruning", "ensure_model_supports_pruning")]
+    of_tfmot = any(getattr(each, "__module__", "").startswith("tensorflow_model_optimization.") for each in methods)
+    if of_tfmot or None in methods:
+        raise ValueError(
+            "`pruning_policy` must have the methods `allow_pruning(layer) -> bool` and "
+            f"`ensure_model_supports_pruning(model)`. Received: {policy!r} of type {type(policy).__name__}."
+            + " tfmot's own policies read the graphs of Keras 2: write the two methods for Keras 3."
+            * of_tfmot
         )
-    return copy
-
-
-def _copy_state(old: keras.Layer, new: keras.Layer) -> None:
-    """Copies the weights of one layer to the other, the masked zeros included, whichever of the two is wrapped."""
-    if new is old or not old.built:
-        return
-    if isinstance(old, PruneLowMagnitude) and isinstance(new, PruneLowMagnitude):
-        new.set_weights(old.get_weights())
-        new.settle()
-    elif isinstance(old, PruneLowMagnitude):
-        new.set_weights(old.layer.get_weights())
-        for kernel, weights in zip(prunable_weights(new), old.effective_weights(), strict=True):
-            kernel.assign(weights)
-    else:
-        new = new.layer if isinstance(new, PruneLowMagnitude) else new
-        new.set_weights(old.get_weights())
-    for each in new._flatten_layers():
-        if hasattr(each, "finalize_state"):
-            each.finalize_state()  # adapted preprocessing computes with copies of its weights
-
-
-def _copy(layer: keras.Layer) -> keras.Layer:
-    by_config = type(layer).__module__.startswith("keras.src.") and not hasattr(layer, "adapt")
-    by_config &= not isinstance(layer, layers.Lambda)
-    if layer.built and not layer.variables and not _children(layer) and not by_config:
-        return layer  # its config may not be all there is to it, and it has nothing to keep apart
-    if isinstance(layer, PruneLowMagnitude):
-        settings = ("pruning_schedule", "block_size", "block_pooling_type", "sparsity_m_by_n", "scope", "name")
-        return PruneLowMagnitude(_copy(layer.layer), **{name: getattr(layer, name) for name in settings})
-    copy = type(layer).from_config(layer.get_config())
-    if layer.built and not copy.built:  # a wrapper knows one input shape; a layer inside may need several (attention)
-        copy.build_from_config(layer.get_build_config())
-    return copy
-
-
-def _subclassed(model: keras.Model) -> ValueError:
-    return ValueError(
-        f"Subclassed models cannot be copied layer by layer. Received: {model.name!r} of type {type(model).__name__}. "
-        "Wrap its layers where they are made, e.g. "
-        "`self.conv = prune_low_magnitude(keras.layers.Conv2D(...), schedule)`, or use the Functional API."
-    )
 
 
 def _pair(value: Any, name: str) -> tuple[int, int]:
