@@ -138,7 +138,7 @@ def _made_anew(layer: keras.Layer, changes: dict[str, Any]) -> Any:
         except Exception as error:  # whatever a constructor, a `build` or an `assign` may raise
             failures.append(error)
             continue
-        if failures:
+        if failures or "get_config" in vars(layer):
             keep_config(new)
         for each in walk(new):
             if isinstance(each, keras.Model):
@@ -168,8 +168,11 @@ def _arguments(layer: keras.Layer) -> dict[str, Any]:
     """The arguments that a layer was made with, which Keras keeps where they are plain, as a config."""
     if getattr(layer, "_auto_config", None) is None:
         raise TypeError(f"{type(layer).__name__} was made with arguments that are layers or other objects")
-    known = {} if isinstance(layer, keras.Model) else {"trainable": layer.trainable, "dtype": layer.dtype_policy}
-    return {"name": layer.name, **known, **layer._auto_config.config}
+    config = {"name": layer.name, "trainable": layer.trainable, "dtype": layer.dtype_policy.name}
+    takes = inspect.getfullargspec(type(layer).__init__)
+    if takes.varkw is None:
+        config = {name: value for name, value in config.items() if name in takes.args + takes.kwonlyargs}
+    return {**config, **layer._auto_config.config}
 
 
 def _classes(layer: keras.Layer) -> dict[str, type]:
