@@ -4,14 +4,33 @@ Keras has no copy that works for every model: `clone_model` goes layer by layer 
 `copy.deepcopy` saves and loads and so needs every class registered.
 """
 
+import contextlib
 import functools
 import inspect
+import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
+import numpy as np
+from keras.src.models import Functional
 from keras.src.saving.serialization_lib import SafeModeScope
+
+# Values of attributes that hold no layers and may be shared.
+PLAIN = (
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+    type(None),
+    type,
+    np.ndarray,
+    np.generic,
+    keras.DTypePolicy,
+    keras.Initializer,
+)
 
 
 class CopyError(ValueError):
@@ -80,12 +99,19 @@ def build(layer: keras.Layer, *args: Any, **kwargs: Any) -> None:
         keras.Operation.compute_output_spec(layer, *args, **kwargs)
 
 
+@contextlib.contextmanager
+def unbuilt_parts() -> Iterator[None]:
+    """Keeps Keras from warning of parts that are not built by a layer's `build`, where they are built next."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`build\(\)` was called on layer", UserWarning)
+        yield
+
+
 def _build_like(new: keras.Layer, old: keras.Layer) -> None:
     if not old.built:
         return
     if not new.built:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Keras warns of layers inside that only a call would build; they are next
+        with unbuilt_parts():
             new.build_from_config(old.get_build_config())
     for one, other in zip(children(new), children(old), strict=True):
         _build_like(one, other)
@@ -98,16 +124,17 @@ def _build_like(new: keras.Layer, old: keras.Layer) -> None:
 def copy(layer: Any, dtype: Any = None) -> Any:
     """A whole copy of a layer or of any model: its class, weights, state of random numbers; uncompiled, nothing shared.
 
-    A Functional or Sequential model is rebuilt. Any other model or layer is made anew, by its config or else by the
-    arguments that it was made with, and gets the state of the old one. A layer with nothing to keep apart, whose config
-    may not be all there is to it, such as a `Lambda`, is not copied.
+    A Functional or Sequential model is rebuilt. A layer, or a model of another class, is made anew by its config, or
+    else by the arguments that it was made with, and gets the state of the old one; a subclassed model without a config
+    gets the attributes of the old one, copied. A layer with nothing to keep apart, whose config may not be all there is
+    to it, such as a `Lambda`, is shared.
 
     Args:
         layer: A layer, a model or a `keras.ops` node.
         dtype: A dtype policy for the copy of a layer; by default the layer's own.
 
     Raises:
-        CopyError: If neither way leads to a layer with the same weights.
+        CopyError: If no way leads to the same weights.
     """
     if not isinstance(layer, keras.Layer):
         return _copy_operation(layer)
@@ -118,39 +145,97 @@ def copy(layer: Any, dtype: Any = None) -> Any:
     of_keras &= not isinstance(layer, keras.layers.Lambda)
     if layer.built and not layer.variables and not children(layer) and not of_keras:
         return layer
-    try:
-        return _made_anew(layer, {} if dtype is None else {"dtype": dtype})
-    except CopyError:
-        if not is_graph(layer):
-            raise
-        return rebuild(layer, copy_part, whole=True)
+    changes = {} if dtype is None else {"dtype": dtype}
+    if not isinstance(layer, keras.Model):
+        return _made_anew(layer, [layer.get_config, functools.partial(_arguments, layer)], changes)
+    if type(layer).get_config not in (keras.Model.get_config, Functional.get_config):  # those know no arguments
+        with contextlib.suppress(CopyError):
+            return _made_anew(layer, [layer.get_config], changes)
+    return rebuild(layer, copy_part, whole=True) if is_graph(layer) else _with_parts_copied(layer, copy_part)
 
 
-def _made_anew(layer: keras.Layer, changes: dict[str, Any]) -> Any:
+def _made_anew(layer: keras.Layer, configs: list[Callable[[], dict]], changes: dict[str, Any]) -> Any:
     failures = []
-    for config in (layer.get_config, functools.partial(_arguments, layer)):
+    for config in configs:
         try:
             with SafeModeScope(False), keras.saving.custom_object_scope(_classes(layer)):
                 new = type(layer).from_config({**config(), **changes})
             _build_like(new, layer)
-            for one, other in zip(new.variables, layer.variables, strict=True):
-                one.assign(keras.ops.convert_to_numpy(other.value))
+            _assign(new, layer)
         except Exception as error:  # whatever a constructor, a `build` or an `assign` may raise
             failures.append(error)
             continue
         if failures or "get_config" in vars(layer):
             keep_config(new)
-        for each in walk(new):
-            if isinstance(each, keras.Model):
-                each.compiled = False
-            if hasattr(each, "finalize_state"):
-                each.finalize_state()  # adapted preprocessing computes with copies of its weights
         return new
     reason = str(failures[0]).strip().partition("\n")[0]
     raise CopyError(
         f"{layer.name!r} of type {type(layer).__name__} cannot be copied: neither its config nor the arguments it was "
         f"made with give a layer of the same weights ({type(failures[0]).__name__}: {reason})."
     ) from failures[0]
+
+
+def _assign(new: keras.Layer, old: keras.Layer) -> None:
+    for one, other in zip(new.variables, old.variables, strict=True):
+        one.assign(keras.ops.convert_to_numpy(other.value))
+    for each in walk(new):
+        if isinstance(each, keras.Model):
+            each.compiled = False
+        if hasattr(each, "finalize_state"):
+            each.finalize_state()  # adapted preprocessing computes with copies of its weights
+
+
+def _with_parts_copied(model: keras.Model, copy_part: Callable[[Any], Any]) -> Any:
+    """A subclassed model of whose constructor nothing is known: its attributes, the layers among them copied."""
+    kind: Any = type(model)
+    new = kind.__new__(kind)
+    keras.Model.__init__(new, name=model.name, dtype=model.dtype_policy)
+    copies: dict[int, Any] = {}
+
+    def part(name, value):
+        if isinstance(value, keras.Layer):
+            if id(value) not in copies:
+                copies[id(value)] = copy_part(value)
+            return copies[id(value)]
+        if isinstance(value, dict):
+            return {key: part(name, each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return (tuple if isinstance(value, tuple) else list)(part(name, each) for each in value)
+        if isinstance(value, keras.random.SeedGenerator):
+            return type(value).from_config(value.get_config())
+        if isinstance(value, keras.Variable):
+            return type(value)(
+                keras.ops.convert_to_numpy(value.value), trainable=value.trainable, dtype=value.dtype, name=value.name
+            )
+        if isinstance(value, PLAIN) or (isinstance(value, types.FunctionType) and not value.__closure__):
+            return value
+        raise CopyError(
+            f"{model.name!r} of type {kind.__name__} cannot be copied: it has no `get_config`, and its attribute "
+            f"{name!r} is a {type(value).__name__}, which may hold its layers. Give the class a `get_config`."
+        )
+
+    compiled = _keras_attributes()
+    for name, value in vars(model).items():
+        if name not in vars(new) and name not in compiled:
+            setattr(new, name, part(name, value))
+    new.built = model.built
+    try:
+        _assign(new, model)
+    except ValueError as error:
+        raise CopyError(
+            f"{model.name!r} of type {kind.__name__} cannot be copied: it has no `get_config`, and holds weights "
+            "where its attributes do not tell. Give the class a `get_config`."
+        ) from error
+    return new
+
+
+@functools.cache
+def _keras_attributes() -> set[str]:
+    """What Keras sets on a model itself when it is built, compiled and trained."""
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse", metrics=["mae"], run_eagerly=True)
+    model.fit(np.zeros((1, 1)), np.zeros((1, 1)), verbose=0)
+    return {*vars(model), "_build_shapes_dict"} - {"_functional"}
 
 
 def keep_config(layer: keras.Layer) -> None:

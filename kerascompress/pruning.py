@@ -147,7 +147,8 @@ class PruneLowMagnitude(layers.Wrapper):
         return super().__call__(*args, **kwargs)
 
     def build(self, input_shape=None):
-        super().build(input_shape)
+        with graph.unbuilt_parts():
+            super().build(input_shape)
         if not all(each.built for each in graph.walk(self.layer)):
             graph.build(self.layer, keras.KerasTensor(input_shape, self.layer.input_dtype))
         for kernel in prunable_weights(self.layer):
@@ -278,7 +279,8 @@ class PruneLowMagnitude(layers.Wrapper):
         config["pruning_schedule"] = keras.saving.deserialize_keras_object(
             config["pruning_schedule"], {**own, **(custom_objects or {})}
         )
-        return super().from_config(config, custom_objects)
+        with graph.unbuilt_parts():
+            return super().from_config(config, custom_objects)
 
     def _check_rank(self, kernel) -> None:
         rank = len(kernel.shape)
