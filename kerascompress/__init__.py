@@ -8,12 +8,12 @@ __version__ = "0.1.0"
 from typing import Any
 
 from kerascompress import models
-from kerascompress.augment import RandAugment, RandomCrop
+from kerascompress.augment import Op, RandAugment, RandomCrop
 from kerascompress.callbacks import MagnitudeScheduler, PruningSummaries, UpdatePruningStep
 from kerascompress.distill import Distiller, distillation_loss, select_candidates
 from kerascompress.export import export_litert, export_saved_model
 from kerascompress.optimizer import PruningOptimizer
-from kerascompress.pruning import PruneLowMagnitude, prune_low_magnitude, sparsity, strip_pruning
+from kerascompress.pruning import PruneLowMagnitude, prune_low_magnitude, prune_now, sparsity, strip_pruning
 from kerascompress.schedules import SparsityLinkedMagnitude
 from kerascompress.schemes import baseline_a, baseline_b, discard, extend, inherit
 from kerascompress.search import search_magnitude, validation_score
@@ -22,6 +22,7 @@ __all__ = [
     "ConstantSparsity",
     "Distiller",
     "MagnitudeScheduler",
+    "Op",
     "PolynomialDecay",
     "PruneLowMagnitude",
     "PruningOptimizer",
@@ -40,6 +41,7 @@ __all__ = [
     "inherit",
     "models",
     "prune_low_magnitude",
+    "prune_now",
     "search_magnitude",
     "select_candidates",
     "sparsity",

@@ -8,6 +8,8 @@ from typing import Any
 import keras
 from keras import ops as kops
 
+from kerascompress import graph
+
 
 def distillation_loss(teacher_logits, student_logits, temperature: float = 1.0):
     """Hinton's loss of every image, `τ² · KL(softmax(teacher / τ), softmax(student / τ))`.
@@ -505,17 +507,9 @@ def _check_augment(augment, image_shape):
 
 def _copy_with_policy(model, policy):
     """A copy of a model whose layers run under another dtype policy, with the same weights."""
-    if not hasattr(model, "operations") and not isinstance(model, keras.Sequential):
+    if not graph.is_graph(model):
         raise ValueError(
             "`teacher_dtype` needs a functional or Sequential teacher. "
             f"Received: {model!r}. Build it under keras.config.set_dtype_policy({policy!r}) instead."
         )
-
-    def copy(layer):
-        if not isinstance(layer, keras.layers.Layer):
-            return type(layer).from_config(layer.get_config())
-        return type(layer).from_config({**layer.get_config(), "dtype": policy})
-
-    copied = keras.models.clone_model(model, clone_function=copy, recursive=True)
-    copied.set_weights(model.get_weights())
-    return copied
+    return graph.rebuild(model, lambda layer: graph.copy(layer, dtype=policy))

@@ -4,7 +4,9 @@ A wrapper masks its layer's kernels in the forward pass; `UpdatePruningStep` rec
 the schedule says. `optimizer` has the other carrier of masks, for models whose layers cannot be wrapped.
 """
 
+import contextlib
 import dataclasses
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +15,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from kerascompress import schedules
+from kerascompress import graph, schedules
 from kerascompress.masks import PRUNABLE_KERNELS, Rule, finite_weights, is_kernel
 from kerascompress.schedules import Schedule, check_schedule
 
@@ -25,7 +27,7 @@ def prunable_weights(layer: keras.Layer) -> list[keras.Variable]:
     if hasattr(layer, "get_prunable_weights"):
         return list(layer.get_prunable_weights())
     weights = [getattr(layer, name) for name in _kernel_names(layer)]
-    for child in _children(layer):
+    for child in graph.children(layer):
         weights += [weight for weight in prunable_weights(child) if all(weight is not known for known in weights)]
     return weights
 
@@ -112,14 +114,28 @@ class PruneLowMagnitude(layers.Wrapper):
         super().__init__(layer, **kwargs)
         self.pruning_schedule = pruning_schedule
         self.supports_masking = layer.supports_masking
+        graph.keep_config(layer)
         self._masks: list[keras.Variable] = []
         self._thresholds: list[keras.Variable] = []
         self.step = -1  # `pruning_step` on the host while training; `settle` writes it to the variable
         self._stored_step = -1  # what this layer last wrote there
         self._is_driven = False  # whether an UpdatePruningStep drives this layer
 
+    def __call__(self, *args, **kwargs):
+        # Keras takes the shape and the mask of what comes first, and refuses tensors beside other keywords.
+        for name in list(inspect.signature(self.layer.call).parameters)[len(args) :]:
+            if not hasattr(kwargs.get(name), "shape"):
+                break
+            args += (kwargs.pop(name),)
+        if len(args) > 1 and not self.built:
+            graph.build(self.layer, *args, **kwargs)
+        return super().__call__(*args, **kwargs)
+
     def build(self, input_shape=None):
-        super().build(input_shape)
+        with graph.unbuilt_parts():
+            super().build(input_shape)
+        if not all(each.built for each in graph.walk(self.layer)):
+            graph.build(self.layer, keras.KerasTensor(input_shape, self.layer.input_dtype))
         settings = {"trainable": False, "autocast": False, "aggregation": "only_first_replica"}
         for i, kernel in enumerate(prunable_weights(self.layer)):
             self.rule.check(kernel, "Exclude the layer with a `pruning_policy`.")
@@ -228,7 +244,8 @@ class PruneLowMagnitude(layers.Wrapper):
     @classmethod
     def from_config(cls, config, custom_objects=None):
         schedule = schedules.deserialize(config["pruning_schedule"], custom_objects)
-        return super().from_config({**config, "pruning_schedule": schedule}, custom_objects)
+        with graph.unbuilt_parts():
+            return super().from_config({**config, "pruning_schedule": schedule}, custom_objects)
 
 
 class _OfMasked:
@@ -293,7 +310,8 @@ def prune_low_magnitude(
         The wrapped layer, the list of wrapped layers, or a new uncompiled model.
 
     Raises:
-        ValueError: If there is nothing to prune, for a subclassed model, or for anything that is no Keras 3 object.
+        ValueError: If there is nothing to prune, for a subclassed model, a layer that cannot be copied, a policy of
+            tfmot's, or anything that is no Keras 3 object.
 
     Example:
         >>> import keras, kerascompress as kc
@@ -334,38 +352,100 @@ def prune_low_magnitude(
             for layer in to_prune
         ]
     if pruning_policy is not None:
+        _check_policy(pruning_policy)
         pruning_policy.ensure_model_supports_pruning(to_prune)
-
-    def prune(layer):
+    chosen = set()
+    with _advice():
+        layers_of_model = graph.leaves(to_prune)
+    for layer in layers_of_model:
         if any(_wrappers(layer)):
             _warn_of_wrapper(layer)
         elif not _is_prunable(layer):
             _warn_of_dense_weights(layer)
         elif pruning_policy is None or pruning_policy.allow_pruning(layer):
-            return PruneLowMagnitude(_copy(layer), **settings)
-        return _copy(layer)
-
-    pruned = _rebuild(to_prune, prune)
-    if not any(_wrappers(pruned)):
+            chosen.add(id(layer))
+            for part in _unprunable_parts(layer):
+                _warn_of_dense_weights(part)
+    if not chosen and not any(_wrappers(to_prune)):
         raise ValueError(
             f"Model {to_prune.name!r} has no layer to prune. Prunable are "
             f"{', '.join(kind.__name__ for kind in PRUNABLE_KERNELS)}, layers made of them, and layers with a method "
             f"`get_prunable_weights()`. Received: pruning_policy={pruning_policy!r}."
         )
-    return pruned
+
+    def prune(layer):
+        copy = graph.copy(layer)
+        return PruneLowMagnitude(copy, **settings) if id(layer) in chosen else copy
+
+    with _advice():
+        return graph.rebuild(to_prune, prune)
+
+
+def prune_now(model: keras.Model, sparsity: float, *, scope: str = "layer") -> keras.Model:
+    """One-shot magnitude pruning without training: a copy of a model whose smallest weights are zero.
+
+    The copy is plain, and nothing in it keeps the zeros: train on with `PruningOptimizer(optimizer)`, without a
+    schedule, which does. Any other optimizer lets them grow back.
+
+    Args:
+        model: Any built Keras 3 model, subclassed ones included. It is left as it is.
+        sparsity: Fraction of zeros over the prunable kernels, in [0, 1).
+        scope: `"layer"` gives every kernel this sparsity; `"global"` compares the magnitudes of all kernels.
+
+    Returns:
+        A new, uncompiled model of the same class.
+
+    Raises:
+        ValueError: If an argument is out of range, there is no prunable kernel, the model is pruned by wrappers, or a
+            kernel holds NaN or infinite weights.
+
+    Example:
+        >>> import keras, kerascompress as kc
+        >>> dense = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+        >>> small = kc.prune_now(dense, 0.75, scope="global")
+        >>> kc.sparsity(small), kc.sparsity(dense)
+        (0.75, 0.0)
+        >>> small.compile(kc.PruningOptimizer(keras.optimizers.SGD(0.01)), "mse")  # to train on: zeros stay
+
+    Reference:
+        Equation 5 of Yu, Zhang, Ma, "Revisiting Data Augmentation in Model Compression"; its Figure 4 prunes so.
+    """
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"`prune_now` needs a Keras 3 model. Received: {model!r} of type {type(model).__name__}.")
+    if not 0 <= sparsity < 1:
+        raise ValueError(
+            "`sparsity` must be in [0, 1), a fraction of zeros. "
+            f"Received: sparsity={sparsity}. If yours is percent, divide it by 100."
+        )
+    rule = Rule(scope)
+    if any(_wrappers(model)):
+        raise ValueError(
+            f"Model {model.name!r} is pruned by wrappers, which have masks of their own. Use `strip_pruning` first."
+        )
+    small = graph.copy(model)
+    kernels = kernels_of(small)
+    if not kernels:
+        raise _no_kernels(model)
+    masks, _ = rule([finite_weights(kernel) for kernel in kernels], sparsity)
+    for kernel, mask in zip(kernels, masks, strict=True):
+        kernel.assign(kernel.value * ops.cast(mask, kernel.dtype))
+    gone = [kernel.path for kernel, mask in zip(kernels, masks, strict=True) if not mask.any()]
+    if gone:
+        _warn_of_collapse(sparsity, gone)
+    return small
 
 
 def strip_pruning(model: keras.Model) -> keras.Model:
     """A plain copy of a pruned model, without wrappers, its masked weights exactly zero.
 
     Args:
-        model: A Sequential or Functional model, nested ones included. It is left as it is.
+        model: A Sequential or Functional model, nested ones included; without wrappers, any model. It is left as it is.
 
     Returns:
         A new, uncompiled model with the layers and names that the model had before pruning.
 
     Raises:
-        ValueError: If `model` is no Keras 3 model, or is subclassed.
+        ValueError: If `model` is no Keras 3 model, if it is subclassed and holds wrappers, or if it cannot be copied.
 
     Example:
         >>> import keras, kerascompress as kc
@@ -375,7 +455,11 @@ def strip_pruning(model: keras.Model) -> keras.Model:
     """
     if not isinstance(model, keras.Model):
         raise ValueError(f"`strip_pruning` needs a Keras 3 model. Received: {model!r} of type {type(model).__name__}.")
-    copy = _rebuild(model, lambda layer: _copy(layer.layer if isinstance(layer, PruneLowMagnitude) else layer))
+    if not any(_wrappers(model)):
+        return graph.copy(model)
+    with _advice():
+        graph.leaves(model)
+        copy = graph.rebuild(model, _stripped)
     hidden = [wrapper.path for wrapper in _wrappers(copy)]
     if hidden:
         raise ValueError(
@@ -405,7 +489,7 @@ def sparsity(model: keras.Layer) -> float:
     """
     kernels = effective_kernels(model)
     if not kernels:
-        raise ValueError(f"{type(model).__name__} {model.name!r} has no prunable kernel, or is not built yet.")
+        raise _no_kernels(model)
     weights = sum(kernel.size for kernel in kernels)
     return float((weights - sum(np.count_nonzero(kernel) for kernel in kernels)) / weights)
 
@@ -413,16 +497,16 @@ def sparsity(model: keras.Layer) -> float:
 # --- helpers ---
 
 
+def _no_kernels(model) -> ValueError:
+    return ValueError(f"{type(model).__name__} {model.name!r} has no prunable kernel, or is not built yet.")
+
+
 def _numpy(variable) -> np.ndarray:
     return ops.convert_to_numpy(variable.value)
 
 
-def _children(layer: keras.Layer) -> list[keras.Layer]:
-    return list(layer._flatten_layers(include_self=False, recursive=False))
-
-
 def _wrappers(layer: keras.Layer) -> Iterator[PruneLowMagnitude]:
-    return (each for each in layer._flatten_layers() if isinstance(each, PruneLowMagnitude))
+    return (each for each in graph.walk(layer) if isinstance(each, PruneLowMagnitude))
 
 
 def _kernel_names(layer: keras.Layer) -> tuple[str, ...]:
@@ -435,13 +519,13 @@ def _is_prunable(layer: keras.Layer) -> bool:
     # these write to what a masked kernel stands for, or to state that is no variable of theirs
     if isinstance(layer, layers.SpectralNormalization) or getattr(layer, "stateful", False):
         return False
-    return bool(_kernel_names(layer)) or any(_is_prunable(child) for child in _children(layer))
+    return bool(_kernel_names(layer)) or any(_is_prunable(child) for child in graph.children(layer))
 
 
 def kernels_of(model: keras.Layer) -> list[keras.Variable]:
     """All kernels of a built model or layer, each once: by name, or by `get_prunable_weights()` of their layer."""
     decided: dict[int, bool] = {}
-    for layer in model._flatten_layers():
+    for layer in graph.walk(model):
         if hasattr(layer, "get_prunable_weights") and layer.built:
             decided |= {id(variable): False for variable in layer.variables if id(variable) not in decided}
             decided |= {id(variable): True for variable in layer.get_prunable_weights()}
@@ -466,99 +550,82 @@ def effective_kernels(model: keras.Layer) -> list[np.ndarray]:
     return [_numpy(kernel) * (_numpy(masks[key]) if key in masks else 1) for key, kernel in kernels.items()]
 
 
+def _unprunable_parts(layer: keras.Layer) -> Iterator[keras.Layer]:
+    """The parts of a prunable layer that nothing says how to prune, such as a recurrent cell of the user's own."""
+    if hasattr(layer, "get_prunable_weights") or _kernel_names(layer):
+        return
+    for part in graph.children(layer):
+        if _is_prunable(part):
+            yield from _unprunable_parts(part)
+        else:
+            yield part
+
+
 def _warn_of_dense_weights(layer: keras.Layer) -> None:
     own = type(layer).__module__.partition(".")[0] not in ("keras", "kerascompress")
     kernels = {name for names in PRUNABLE_KERNELS.values() for name in names}
     dense = [v.path for v in layer.trainable_variables if len(v.shape) > 1 and (own or v.name in kernels)]
+    if not dense and not layer.built and not hasattr(layer, "get_prunable_weights"):
+        parts = graph.walk(layer)  # before it is built, only what builds kernels can be told
+        makes = own and type(layer).build is not keras.Layer.build
+        makes |= any(_kernel_names(each) or hasattr(each, "kernel_initializer") for each in parts)
+        dense = ["whatever it will build"] if makes else []
     if dense:
         warnings.warn(
             f"Layer {layer.name!r} of type {type(layer).__name__} stays dense, {dense} included. "
             "Give a layer of your own a method `get_prunable_weights()` that returns the variables to prune, or [].",
-            stacklevel=5,
+            stacklevel=3,
         )
 
 
 def _warn_of_wrapper(layer: keras.Layer) -> None:
     warnings.warn(
         f"Layer {layer.name!r} is pruned already and keeps its schedule. For another one, use `strip_pruning` first.",
-        stacklevel=5,
+        stacklevel=3,
     )
 
 
-def _rebuild(model: keras.Model, replace: Callable[[keras.Layer], keras.Layer]) -> keras.Model:
-    """A copy of `model`, its weights included, in which `replace(layer)` stands for each layer."""
-    models = [each for each in model._flatten_layers() if isinstance(each, keras.Model)]
-    replaced: list[tuple[keras.Layer, keras.Layer]] = []
+@graph.copy.register
+def _(wrapper: PruneLowMagnitude, dtype: Any = None) -> PruneLowMagnitude:
+    settings = dataclasses.asdict(wrapper.rule) | {"name": wrapper.name}
+    copy = PruneLowMagnitude(graph.copy(wrapper.layer, dtype), wrapper.pruning_schedule, **settings)
+    if wrapper.built:
+        copy.build_from_config(wrapper.get_build_config())
+        copy.set_weights(wrapper.get_weights())
+        copy.settle()
+    return copy
 
-    def clone(layer):
-        if isinstance(layer, keras.Model):  # clone_model goes into Sequential and Functional models by itself
-            raise _subclassed(layer)
-        if not isinstance(layer, keras.Layer):
-            return layer  # a `keras.ops` node: no state
-        replaced.append((layer, replace(layer)))
-        return replaced[-1][1]
 
-    if not isinstance(model, keras.Sequential) and not hasattr(model, "operations"):
-        raise _subclassed(model)
-    # clone_model also compiles the copy like the model, with an optimizer that a new set of variables would confuse.
-    compiled = [each.compiled for each in models]
+def _stripped(layer: keras.Layer) -> keras.Layer:
+    if not isinstance(layer, PruneLowMagnitude):
+        return graph.copy(layer)
+    copy = graph.copy(layer.layer)
+    for kernel, weights in zip(prunable_weights(copy) if layer.built else [], layer.effective_weights(), strict=True):
+        kernel.assign(weights)
+    return copy
+
+
+@contextlib.contextmanager
+def _advice() -> Iterator[None]:
+    """Says what to do where a model cannot be copied layer by layer."""
     try:
-        for each in models:
-            each.compiled = False
-        copy = keras.models.clone_model(model, clone_function=clone, recursive=True)
-    finally:
-        for each, was_compiled in zip(models, compiled, strict=True):
-            each.compiled = was_compiled
-    if model.built and not copy.built:
-        copy.build(model.input_shape)
-    for old, new in replaced:
-        _copy_state(old, new)
-    if type(copy) is not type(model):
-        warnings.warn(
-            f"The copy of {model.name!r} is a plain {type(copy).__name__}, no {type(model).__name__}: methods of that "
-            "class, such as a `train_step` of its own, are not there. Wrap its layers where they are made instead.",
-            stacklevel=4,
+        yield
+    except graph.CopyError as error:
+        raise ValueError(
+            f"{error} Wrap its layers where they are made, e.g. "
+            "`self.conv = prune_low_magnitude(keras.layers.Conv2D(...), schedule)`, or use the Functional API; or let "
+            "the optimizer prune the model as it is, without wrappers: "
+            "`model.compile(kc.PruningOptimizer(keras.optimizers.AdamW(1e-3), schedule), loss)`."
+        ) from error
+
+
+def _check_policy(policy: Any) -> None:
+    methods = [getattr(type(policy), name, None) for name in ("allow_pruning", "ensure_model_supports_pruning")]
+    of_tfmot = any(getattr(each, "__module__", "").startswith("tensorflow_model_optimization.") for each in methods)
+    if of_tfmot or None in methods:
+        raise ValueError(
+            "`pruning_policy` must have the methods `allow_pruning(layer) -> bool` and "
+            f"`ensure_model_supports_pruning(model)`. Received: {policy!r} of type {type(policy).__name__}."
+            + " tfmot's own policies read the graphs of Keras 2: write the two methods for Keras 3."
+            * of_tfmot
         )
-    return copy
-
-
-def _copy_state(old: keras.Layer, new: keras.Layer) -> None:
-    """Copies the weights of one layer to the other, the masked zeros included, whichever of the two is wrapped."""
-    if new is old or not old.built:
-        return
-    if isinstance(old, PruneLowMagnitude) and isinstance(new, PruneLowMagnitude):
-        new.set_weights(old.get_weights())
-        new.settle()
-    elif isinstance(old, PruneLowMagnitude):
-        new.set_weights(old.layer.get_weights())
-        for kernel, weights in zip(prunable_weights(new), old.effective_weights(), strict=True):
-            kernel.assign(weights)
-    else:
-        new = new.layer if isinstance(new, PruneLowMagnitude) else new
-        new.set_weights(old.get_weights())
-    for each in new._flatten_layers():
-        if hasattr(each, "finalize_state"):
-            each.finalize_state()  # adapted preprocessing computes with copies of its weights
-
-
-def _copy(layer: keras.Layer) -> keras.Layer:
-    by_config = type(layer).__module__.startswith("keras.src.") and not hasattr(layer, "adapt")
-    by_config &= not isinstance(layer, layers.Lambda)
-    if layer.built and not layer.variables and not _children(layer) and not by_config:
-        return layer  # its config may not be all there is to it, and it has nothing to keep apart
-    if isinstance(layer, PruneLowMagnitude):
-        return PruneLowMagnitude(
-            _copy(layer.layer), layer.pruning_schedule, **dataclasses.asdict(layer.rule), name=layer.name
-        )
-    copy = type(layer).from_config(layer.get_config())
-    if layer.built and not copy.built:  # a wrapper knows one input shape; a layer inside may need several (attention)
-        copy.build_from_config(layer.get_build_config())
-    return copy
-
-
-def _subclassed(model: keras.Model) -> ValueError:
-    return ValueError(
-        f"Subclassed models cannot be copied layer by layer. Received: {model.name!r} of type {type(model).__name__}. "
-        "Wrap its layers where they are made, e.g. "
-        "`self.conv = prune_low_magnitude(keras.layers.Conv2D(...), schedule)`, or use the Functional API."
-    )

@@ -5,13 +5,12 @@ three schemes, `shrink` being `prune_low_magnitude` or `discard`.
 """
 
 import re
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import keras
 
-from kerascompress import pruning
+from kerascompress import graph, pruning
 from kerascompress.models.mobilenet_v2 import inverted_residual
 from kerascompress.models.resnet import basic_block
 from kerascompress.models.shufflenet_v2 import shuffle_unit
@@ -210,13 +209,13 @@ def extend(
             )
         return keras.layers.Identity(name=END)(extended)
 
-    def call(_, layer, *args, **kwargs):
-        if layer.name == behind:
+    def call(old, layer, *args, **kwargs):
+        if old.name == behind:
             return layer(append(args[0]), *args[1:], **kwargs)
         outputs = layer(*args, **kwargs)
-        return append(outputs) if layer.name == features else outputs
+        return append(outputs) if old.name == features else outputs
 
-    return _rebuild(model, call)
+    return graph.rebuild(model, graph.copy, call)
 
 
 def discard(model: keras.Model) -> keras.Model:
@@ -258,7 +257,7 @@ def discard(model: keras.Model) -> keras.Model:
             return layer(*args, **kwargs)
         return kept[0] if old.name == END else [hole] * len(keras.tree.flatten(old.output))
 
-    return _rebuild(model, call)
+    return graph.rebuild(model, graph.copy, call)
 
 
 # --- helpers ---
@@ -266,17 +265,17 @@ def discard(model: keras.Model) -> keras.Model:
 
 def _block_before(x) -> Callable[..., Any]:
     """The builder of such blocks as the one whose output `x` is."""
-    part = re.fullmatch(r"stage\d+_block\d+_(\w+)", x._keras_history.operation.name)
+    part = re.fullmatch(r"stage\d+_block\d+_(\w+)", graph.producer(x).name)
     return BLOCKS.get(part[1], basic_block) if part else basic_block
 
 
 def _weight_decay(model: keras.Model) -> float | None:
-    penalties = [getattr(getattr(layer, "kernel_regularizer", None), "l2", 0) for layer in model._flatten_layers()]
+    penalties = [getattr(getattr(layer, "kernel_regularizer", None), "l2", 0) for layer in graph.walk(model)]
     return next((2 * float(penalty) for penalty in penalties if penalty), None)
 
 
 def _check_model(model: Any, function: str) -> None:
-    if not isinstance(model, keras.Model) or not (hasattr(model, "operations") or isinstance(model, keras.Sequential)):
+    if not graph.is_graph(model):
         raise ValueError(
             f"`{function}` needs a Functional or Sequential model: of any other, the order of the layers is not known. "
             f"Received: {model!r} of type {type(model).__name__}. Use the Functional API for the network itself; a "
@@ -287,46 +286,3 @@ def _check_model(model: Any, function: str) -> None:
             f"`{function}` needs a model with an input shape. Received: {model.name!r}, which is not built. "
             "Begin it with `keras.Input(shape)`."
         )
-
-
-def _rebuild(model: keras.Model, call: Callable[..., Any]) -> keras.Model:
-    """A copy of `model`, its weights included, in which `call(old, layer, ...)` stands for each call of a layer."""
-    copies: list[tuple[keras.Layer, keras.Layer]] = []
-
-    def clone(layer):
-        copies.append((layer, _copy(layer)))
-        return copies[-1][1]
-
-    def call_copy(layer, *args, **kwargs):
-        return call(next(old for old, new in copies if new is layer), layer, *args, **kwargs)
-
-    # The same graph as a model that is not compiled: the copy of a compiled one would be compiled too.
-    if isinstance(model, keras.Sequential):
-        graph = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
-    else:
-        graph = keras.Model(model.input, model.output, name=model.name)
-    inputs = keras.tree.map_structure(  # with the names of the layers, where clone_model takes those of the tensors
-        lambda x: keras.Input(batch_shape=x.shape, dtype=x.dtype, name=x._keras_history.operation.name), graph.input
-    )
-    copy = keras.models.clone_model(graph, inputs, clone_function=clone, call_function=call_copy)
-    for old, new in copies:
-        if isinstance(new, keras.Layer) and new.built:
-            pruning._copy_state(old, new)
-    if type(copy) is not type(model) and not isinstance(model, keras.Sequential):
-        warnings.warn(
-            f"The copy of {model.name!r} is a plain {type(copy).__name__}, no {type(model).__name__}: methods of that "
-            "class, such as a `train_step` of its own, are not there.",
-            stacklevel=3,
-        )
-    return copy
-
-
-def _copy(layer: Any) -> Any:
-    """A copy of a layer or a `keras.ops` node, by its config where that is all there is to it."""
-    if isinstance(layer, keras.Model) and hasattr(layer, "operations"):
-        return _rebuild(layer, lambda _, each, *args, **kwargs: each(*args, **kwargs))
-    if isinstance(layer, keras.Model):
-        return pruning._rebuild(layer, pruning._copy)
-    if isinstance(layer, keras.Layer):
-        return pruning._copy(layer)
-    return type(layer).from_config(layer.get_config()) if type(layer).__module__.startswith("keras.src.") else layer

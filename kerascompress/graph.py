@@ -1,0 +1,336 @@
+"""Walks, copies and rebuilds Keras models; the only module that opens Keras' private doors.
+
+Keras has no copy that works for every model: `clone_model` goes layer by layer and forgets weights and names of inputs,
+`copy.deepcopy` saves and loads and so needs every class registered.
+"""
+
+import contextlib
+import functools
+import inspect
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+from keras.src.models import Functional
+from keras.src.saving.serialization_lib import SafeModeScope
+
+# Values of attributes that hold no layers and may be shared.
+PLAIN = (
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+    type(None),
+    type,
+    np.ndarray,
+    np.generic,
+    keras.DTypePolicy,
+    keras.Initializer,
+)
+
+
+class CopyError(ValueError):
+    """A layer or model of which Keras cannot make another one."""
+
+
+# --- walking ---
+
+
+def children(layer: keras.Layer) -> list[keras.Layer]:
+    """The layers that a layer or model holds itself."""
+    return list(layer._flatten_layers(include_self=False, recursive=False))
+
+
+def walk(layer: keras.Layer) -> list[keras.Layer]:
+    """A layer or model and all layers in it, however deep, each once."""
+    return list({id(each): each for each in layer._flatten_layers()}.values())
+
+
+def is_graph(layer: Any) -> bool:
+    """Whether it is a Functional or Sequential model, of which the order of the layers is known."""
+    return isinstance(layer, keras.Sequential) or (isinstance(layer, keras.Model) and hasattr(layer, "operations"))
+
+
+def leaves(model: keras.Model) -> list[keras.Layer]:
+    """The layers of a Functional or Sequential model that are no such models themselves, each once.
+
+    Raises:
+        CopyError: If the model, or a model in it, is subclassed.
+    """
+    if isinstance(model, keras.Model) and not is_graph(model):
+        raise CopyError(
+            "Subclassed models cannot be copied layer by layer. "
+            f"Received: {model.name!r} of type {type(model).__name__}."
+        )
+    found = (leaves(layer) if isinstance(layer, keras.Model) else [layer] for layer in model.layers)
+    return list({id(each): each for some in found for each in some}.values())
+
+
+def producer(tensor: keras.KerasTensor) -> Any:
+    """The layer or `keras.ops` node whose output a symbolic tensor is."""
+    return tensor._keras_history.operation
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether it is a model whose class can be made of its layers, or of its inputs and outputs."""
+    if not is_graph(layer) or isinstance(layer, keras.Sequential):
+        return type(layer) is keras.Sequential
+    made_of = inspect.getfullargspec(type(layer).__init__)
+    names = made_of.args[1:3]
+    return names == ["inputs", "outputs"] or (not names and None not in (made_of.varargs, made_of.varkw))
+
+
+# --- building ---
+
+
+def build(layer: keras.Layer, *args: Any, **kwargs: Any) -> None:
+    """Builds a layer and all that it is made of, as a call with these tensors would, but computes nothing."""
+    args, kwargs = keras.tree.map_structure(
+        lambda x: keras.KerasTensor(x.shape, keras.backend.standardize_dtype(x.dtype)) if hasattr(x, "shape") else x,
+        (args, kwargs),
+    )
+    if not layer.built:
+        layer(*args, **kwargs)
+    if not all(each.built for each in walk(layer)):  # its `build`, or the shape that it tells, leaves that to its call
+        keras.Operation.compute_output_spec(layer, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def unbuilt_parts() -> Iterator[None]:
+    """Keeps Keras from warning of parts that are not built by a layer's `build`, where they are built next."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`build\(\)` was called on layer", UserWarning)
+        yield
+
+
+def _build_like(new: keras.Layer, old: keras.Layer) -> None:
+    if not old.built:
+        return
+    if not new.built:
+        with unbuilt_parts():
+            new.build_from_config(old.get_build_config())
+    for one, other in zip(children(new), children(old), strict=True):
+        _build_like(one, other)
+
+
+# --- copying ---
+
+
+@functools.singledispatch
+def copy(layer: Any, dtype: Any = None) -> Any:
+    """A whole copy of a layer or of any model: its class, weights, state of random numbers; uncompiled, nothing shared.
+
+    A Functional or Sequential model is rebuilt. A layer, or a model of another class, is made anew by its config, or
+    else by the arguments that it was made with, and gets the state of the old one; a subclassed model without a config
+    gets the attributes of the old one, copied. A layer with nothing to keep apart, whose config may not be all there is
+    to it, such as a `Lambda`, is shared.
+
+    Args:
+        layer: A layer, a model or a `keras.ops` node.
+        dtype: A dtype policy for the copy of a layer; by default the layer's own.
+
+    Raises:
+        CopyError: If no way leads to the same weights.
+    """
+    if not isinstance(layer, keras.Layer):
+        return _copy_operation(layer)
+    copy_part = functools.partial(copy, dtype=dtype)
+    if _is_plain(layer):
+        return rebuild(layer, copy_part, whole=True)
+    of_keras = type(layer).__module__.startswith("keras.src.") and not hasattr(layer, "adapt")
+    of_keras &= not isinstance(layer, keras.layers.Lambda)
+    if layer.built and not layer.variables and not children(layer) and not of_keras:
+        return layer
+    changes = {} if dtype is None else {"dtype": dtype}
+    if not isinstance(layer, keras.Model):
+        return _made_anew(layer, [layer.get_config, functools.partial(_arguments, layer)], changes)
+    if type(layer).get_config not in (keras.Model.get_config, Functional.get_config):  # those know no arguments
+        with contextlib.suppress(CopyError):
+            return _made_anew(layer, [layer.get_config], changes)
+    return rebuild(layer, copy_part, whole=True) if is_graph(layer) else _with_parts_copied(layer, copy_part)
+
+
+def _made_anew(layer: keras.Layer, configs: list[Callable[[], dict]], changes: dict[str, Any]) -> Any:
+    failures = []
+    for config in configs:
+        try:
+            with SafeModeScope(False), keras.saving.custom_object_scope(_classes(layer)):
+                new = type(layer).from_config({**config(), **changes})
+            _build_like(new, layer)
+            _assign(new, layer)
+        except Exception as error:  # whatever a constructor, a `build` or an `assign` may raise
+            failures.append(error)
+            continue
+        if failures or "get_config" in vars(layer):
+            keep_config(new)
+        return new
+    reason = str(failures[0]).strip().partition("\n")[0]
+    raise CopyError(
+        f"{layer.name!r} of type {type(layer).__name__} cannot be copied: neither its config nor the arguments it was "
+        f"made with give a layer of the same weights ({type(failures[0]).__name__}: {reason})."
+    ) from failures[0]
+
+
+def _assign(new: keras.Layer, old: keras.Layer) -> None:
+    for one, other in zip(new.variables, old.variables, strict=True):
+        one.assign(keras.ops.convert_to_numpy(other.value))
+    for each in walk(new):
+        if isinstance(each, keras.Model):
+            each.compiled = False
+        if hasattr(each, "finalize_state"):
+            each.finalize_state()  # adapted preprocessing computes with copies of its weights
+
+
+def _with_parts_copied(model: keras.Model, copy_part: Callable[[Any], Any]) -> Any:
+    """A subclassed model of whose constructor nothing is known: its attributes, the layers among them copied."""
+    kind: Any = type(model)
+    new = kind.__new__(kind)
+    keras.Model.__init__(new, name=model.name, dtype=model.dtype_policy)
+    copies: dict[int, Any] = {}
+
+    def part(name, value):
+        if isinstance(value, keras.Layer):
+            if id(value) not in copies:
+                copies[id(value)] = copy_part(value)
+            return copies[id(value)]
+        if isinstance(value, dict):
+            return {key: part(name, each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return (tuple if isinstance(value, tuple) else list)(part(name, each) for each in value)
+        if isinstance(value, keras.random.SeedGenerator):
+            return type(value).from_config(value.get_config())
+        if isinstance(value, keras.Variable):
+            return type(value)(
+                keras.ops.convert_to_numpy(value.value), trainable=value.trainable, dtype=value.dtype, name=value.name
+            )
+        if isinstance(value, PLAIN) or (isinstance(value, types.FunctionType) and not value.__closure__):
+            return value
+        raise CopyError(
+            f"{model.name!r} of type {kind.__name__} cannot be copied: it has no `get_config`, and its attribute "
+            f"{name!r} is a {type(value).__name__}, which may hold its layers. Give the class a `get_config`."
+        )
+
+    compiled = _keras_attributes()
+    for name, value in vars(model).items():
+        if name not in vars(new) and name not in compiled:
+            setattr(new, name, part(name, value))
+    new.built = model.built
+    try:
+        _assign(new, model)
+    except ValueError as error:
+        raise CopyError(
+            f"{model.name!r} of type {kind.__name__} cannot be copied: it has no `get_config`, and holds weights "
+            "where its attributes do not tell. Give the class a `get_config`."
+        ) from error
+    return new
+
+
+@functools.cache
+def _keras_attributes() -> set[str]:
+    """What Keras sets on a model itself when it is built, compiled and trained."""
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse", metrics=["mae"], run_eagerly=True)
+    model.fit(np.zeros((1, 1)), np.zeros((1, 1)), verbose=0)
+    return {*vars(model), "_build_shapes_dict"} - {"_functional"}
+
+
+def keep_config(layer: keras.Layer) -> None:
+    """Lets a layer whose config does not rebuild it give the arguments it was made with, so that its file loads."""
+    if type(layer).__module__.startswith("keras.src.") or getattr(layer, "_auto_config", None) is None:
+        return
+    try:
+        type(layer).from_config(layer.get_config())
+    except Exception:  # whatever its constructor may raise
+        config = _arguments(layer)
+        layer.get_config = lambda: dict(config)
+
+
+def _arguments(layer: keras.Layer) -> dict[str, Any]:
+    """The arguments that a layer was made with, which Keras keeps where they are plain, as a config."""
+    if getattr(layer, "_auto_config", None) is None:
+        raise TypeError(f"{type(layer).__name__} was made with arguments that are layers or other objects")
+    config = {"name": layer.name, "trainable": layer.trainable, "dtype": layer.dtype_policy.name}
+    takes = inspect.getfullargspec(type(layer).__init__)
+    if takes.varkw is None:
+        config = {name: value for name, value in config.items() if name in takes.args + takes.kwonlyargs}
+    return {**config, **layer._auto_config.config}
+
+
+def _classes(layer: keras.Layer) -> dict[str, type]:
+    """What a config may name that is not registered."""
+    kinds = {type(each) for each in walk(layer)}
+    return {kind.__name__: kind for kind in kinds if not kind.__module__.startswith("keras.src.")}
+
+
+def _copy_operation(operation: Any) -> Any:
+    try:
+        return type(operation).from_config(operation.get_config())
+    except NotImplementedError:  # made with arguments that are not plain; it has no state
+        return operation
+
+
+# --- rebuilding ---
+
+
+def rebuild(
+    model: keras.Model,
+    replace: Callable[[keras.Layer], keras.Layer],
+    call: Callable[..., Any] | None = None,
+    *,
+    whole: bool = False,
+) -> keras.Model:
+    """A copy of a Functional or Sequential model in which `replace(layer)` stands for each layer, once.
+
+    Args:
+        model: It is left as it is.
+        replace: Is given each layer, also those of models in the model, and returns a new one with its weights, such as
+            `copy(layer)`.
+        call: `call(old, new, *args, **kwargs)` stands for each call of a layer or operation of the model itself, where
+            the graph is to change. The copy of a Sequential model is a Functional one then.
+        whole: Whether a model in the model whose class is not made of inputs and outputs is given to `replace`, too.
+
+    Returns:
+        A new, uncompiled model with the names that the old one has. It is a plain one, with a warning, where the class
+        of the old one is not made of inputs and outputs.
+    """
+    new_of: dict[int, Any] = {}
+
+    def remake(old: Any) -> Any:
+        if id(old) not in new_of:
+            if _is_plain(old) or (is_graph(old) and not whole):
+                new_of[id(old)] = assemble(old)
+            else:
+                new_of[id(old)] = replace(old) if isinstance(old, keras.Layer) else _copy_operation(old)
+        return new_of[id(old)]
+
+    def assemble(old: Any, call: Callable[..., Any] | None = None) -> Any:
+        if isinstance(old, keras.Sequential) and call is None:
+            inputs = [_copy_operation(each) for each in old._layers[:1] if isinstance(each, keras.layers.InputLayer)]
+            new = keras.Sequential([*inputs, *map(remake, old.layers)], name=old.name, trainable=old.trainable)
+            if old.built and not new.built:
+                new.build(old.input_shape)
+            return new
+        function = old._functional if isinstance(old, keras.Sequential) else old
+
+        def call_fn(operation, *args, **kwargs):
+            new = remake(operation)
+            return new(*args, **kwargs) if call is None else call(operation, new, *args, **kwargs)
+
+        # with the names of the layers, where `clone_model` takes those of the tensors
+        inputs = keras.tree.map_structure(lambda x: _copy_operation(producer(x)).output, function.input)
+        outputs = function._run_through_graph(inputs, call_fn=call_fn)
+        kind = type(old) if _is_plain(old) and function is old else keras.Model
+        return kind(inputs, outputs, name=old.name)
+
+    copy = assemble(model, call)
+    if type(copy) is not type(model) and type(model) is not keras.Sequential:
+        warnings.warn(
+            f"The copy of {model.name!r} is a plain {type(copy).__name__}, no {type(model).__name__}: methods of that "
+            "class, such as a `train_step` of its own, are not there.",
+            stacklevel=3,
+        )
+    return copy

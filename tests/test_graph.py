@@ -1,0 +1,299 @@
+"""Copies of Keras models of every kind, and what pruning does with models that it has to copy."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+import kerascompress as kc
+from kerascompress import graph, pruning
+
+WAY_OUT = r"Wrap its layers.*model\.compile\(kc\.PruningOptimizer\(keras\.optimizers\.AdamW\(1e-3\), schedule\), loss\)"
+
+
+def data(count=4):
+    return np.random.default_rng(0).uniform(0, 1, (count, 6, 6, 2)).astype("float32")
+
+
+def outputs(model, *inputs):
+    return ops.convert_to_numpy(model(*(inputs or [data()]), training=False))
+
+
+def train(model, callbacks=()):
+    model.compile("sgd", "mse", run_eagerly=keras.backend.backend() == "tensorflow")  # sooner than compiled
+    model.fit(data(), np.ones(outputs(model).shape), verbose=0, callbacks=list(callbacks))
+
+
+class Block(layers.Layer):
+    """Made of layers that its call builds."""
+
+    def __init__(self, units=3, **kwargs):
+        super().__init__(**kwargs)
+        self.first, self.second = layers.Dense(units), layers.Dense(2)
+
+    def call(self, inputs):
+        return self.second(self.first(inputs))
+
+
+@keras.saving.register_keras_serializable("tests")
+class Forgetful(layers.Layer):
+    """Its config cannot rebuild it, as those of keras-hub's ViT and MiT cannot."""
+
+    def __init__(self, units, **kwargs):
+        super().__init__(**kwargs)
+        self.units, self.dense = units, layers.Dense(units)
+
+    def build(self, input_shape):
+        self.dense.build(input_shape)
+
+    def call(self, inputs):
+        return self.dense(inputs)
+
+    def get_config(self):
+        return {**super().get_config(), "width": 2 * self.units}
+
+
+class Unknown(Forgetful):
+    """Not even its arguments can rebuild it: they are no plain values."""
+
+    def __init__(self, dense, **kwargs):
+        super().__init__(2, **kwargs)
+        self.dense = dense
+
+
+class Net(keras.Model):
+    """Subclassed, without a config, made of a layer."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.blocks = {"inner": (inner,), "rest": [layers.Dropout(0.5, seed=3), layers.Dense(3)]}
+        self.scale = self.add_weight(shape=(3,), name="scale")
+        self.activation = keras.activations.relu
+
+    def call(self, inputs, training=None):
+        for layer in (*self.blocks["inner"], *self.blocks["rest"]):
+            inputs = layer(inputs)
+        return self.activation(inputs * self.scale)
+
+
+class WithConfig(keras.Model):
+    def __init__(self, units, **kwargs):
+        super().__init__(**kwargs)
+        self.units, self.block = units, Block(units)
+
+    def call(self, inputs):
+        return self.block(inputs)
+
+    def get_config(self):
+        return {**super().get_config(), "units": self.units}
+
+
+class OfInputs(keras.Model):
+    """A Functional model with a step of its own."""
+
+    def train_step(self, *args):
+        return super().train_step(*args)
+
+
+class Closure(keras.Model):
+    def __init__(self):
+        super().__init__()
+        dense = layers.Dense(3)
+        self.function = lambda inputs: dense(inputs)
+
+    def call(self, inputs):
+        return self.function(inputs)
+
+
+def functional(kind=keras.Model):
+    inputs, shared = keras.Input((6, 6, 2)), layers.Dense(2)
+    adapted = layers.Normalization()
+    adapted.adapt(data())
+    x = layers.Lambda(lambda each: each * 2)(shared(shared(adapted(inputs)))) + 1
+    return kind(inputs, layers.Dropout(0.5, seed=3)(layers.Flatten()(Block()(x))))
+
+
+def deferred():
+    model = keras.Sequential([layers.Dense(3), layers.Flatten()])
+    model(data())
+    return model
+
+
+def called(model):
+    model(data())
+    return model
+
+
+KINDS = {
+    "functional": functional,
+    "functional with its own step": lambda: functional(OfInputs),
+    "sequential": lambda: keras.Sequential([keras.Input((6, 6, 2)), functional()]),
+    "sequential without input": deferred,
+    "subclassed": lambda: called(Net(layers.Dense(4))),
+    "subclassed with config": lambda: called(WithConfig(5)),
+    "subclassed inside": lambda: keras.Sequential([keras.Input((6, 6, 2)), called(Net(layers.Dense(4)))]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_computes_the_same_with_variables_of_its_own(kind):
+    model = KINDS[kind]()
+    if kind == "subclassed":
+        train(model)  # leaves more behind in it than compiling
+    model.compile("sgd", "mse")
+    model(data(), training=True)  # random numbers are drawn
+    expected, state = outputs(model), [ops.convert_to_numpy(each.value) for each in model.variables]
+    copy = graph.copy(model)
+    assert type(copy) is type(model)
+    assert copy.name == model.name
+    assert (model.compiled, copy.compiled) == (True, False)
+    for ours, theirs in zip(copy.variables, state, strict=True):  # also of random numbers
+        np.testing.assert_array_equal(ops.convert_to_numpy(ours.value), theirs)
+    np.testing.assert_array_equal(outputs(copy), expected)
+    shared = {id(each) for each in graph.walk(copy)} & {id(each) for each in graph.walk(model)}
+    assert {type(each) for each in graph.walk(model) if id(each) in shared} <= {layers.Lambda}
+    copy.trainable_variables[0].assign(copy.trainable_variables[0] + 1.0)
+    assert not np.array_equal(outputs(copy), expected)
+    np.testing.assert_array_equal(outputs(model), expected)
+
+
+def test_what_cannot_be_copied_is_named():
+    with pytest.raises(ValueError, match=r"Closure cannot be copied.*'function' is a function.*`get_config`"):
+        graph.copy(Closure())
+    with pytest.raises(ValueError, match="'mine' of type Unknown cannot be copied"):
+        graph.copy(Unknown(layers.Dense(2), name="mine"))
+
+
+def test_a_copy_under_another_policy_computes_in_it():
+    copy = graph.copy(functional(), dtype="mixed_bfloat16")
+    assert keras.backend.standardize_dtype(copy(data()).dtype) == "bfloat16"
+    assert {each.dtype for each in copy.trainable_variables} == {"float32"}
+
+
+@pytest.mark.parametrize("name", [None, "pixels"])
+def test_inputs_keep_their_names_through_pruning_and_stripping(name):
+    inputs = keras.Input((6, 6, 2), name=name)
+    model = keras.Model(inputs, layers.Dense(2)(inputs))
+    pruned = kc.prune_low_magnitude(model)
+    assert [each.layers[0].name for each in (pruned, kc.strip_pruning(pruned))] == [name or "input_layer"] * 2
+    named = {key: keras.Input((2,), name=key) for key in ("left", "right")}
+    model = keras.Model(named, layers.Dense(2)(layers.Add()(list(named.values()))))
+    small = kc.strip_pruning(kc.prune_low_magnitude(model))
+    assert small.input.keys() == {"left", "right"}
+    values = {key: np.ones((1, 2), "float32") for key in named}
+    np.testing.assert_array_equal(outputs(small, values), outputs(model, values))
+
+
+# --- pruning models that are hard to copy ---
+
+
+def test_a_layer_made_of_layers_that_its_call_builds_is_pruned(tmp_path):
+    keras.saving.register_keras_serializable("tests")(Block)
+    model = keras.Sequential([keras.Input((6, 6, 2)), Block(name="mine")])
+    pruned = kc.prune_low_magnitude(model, kc.ConstantSparsity(0.5, 0))
+    np.testing.assert_array_equal(outputs(pruned), outputs(model))
+    train(pruned, [kc.UpdatePruningStep()])
+    assert kc.sparsity(pruned) == 0.5  # 2 * 3 and 3 * 2 weights
+    pruned.save(tmp_path / "pruned.keras")
+    np.testing.assert_array_equal(outputs(keras.models.load_model(tmp_path / "pruned.keras")), outputs(pruned))
+    np.testing.assert_array_equal(outputs(kc.strip_pruning(pruned)), outputs(pruned))
+    fresh = keras.Sequential([keras.Input((6, 6, 4)), kc.PruneLowMagnitude(Block(), sparsity_m_by_n=(1, 2))])
+    assert [kernel.shape for kernel in pruning.prunable_weights(fresh)] == [(4, 3), (3, 2)]
+
+
+def test_a_layer_whose_config_forgets_is_copied_by_its_arguments_and_its_files_load(tmp_path):
+    model = keras.Sequential([keras.Input((6, 6, 2)), Forgetful(4, name="mine")])
+    pruned = kc.prune_low_magnitude(model, kc.ConstantSparsity(0.5, 0))
+    train(pruned, [kc.UpdatePruningStep()])
+    expected = outputs(pruned)
+    for _ in range(2):  # a loaded one is saved and loaded again
+        pruned.save(tmp_path / "pruned.keras")
+        pruned = keras.models.load_model(tmp_path / "pruned.keras")
+    np.testing.assert_array_equal(outputs(pruned), expected)
+    kc.strip_pruning(pruned).save(tmp_path / "small.keras")
+    np.testing.assert_array_equal(outputs(keras.models.load_model(tmp_path / "small.keras")), expected)
+
+
+def test_where_a_model_cannot_be_copied_layer_by_layer_the_error_says_what_prunes_it():
+    for model, name in (
+        (called(Net(layers.Dense(2))), "'net' of type Net"),
+        (keras.Sequential([keras.Input((6, 6, 2)), Unknown(layers.Dense(2), name="mine")]), "'mine' of type Unknown"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}.*{WAY_OUT}"):
+            kc.prune_low_magnitude(model)
+    wrapped = called(Net(kc.PruneLowMagnitude(layers.Dense(2))))
+    with pytest.raises(ValueError, match=r"'net\w*' of type Net.*PruningOptimizer"):
+        kc.strip_pruning(wrapped)
+
+
+def test_stripping_a_subclassed_model_without_wrappers_copies_it():
+    model = called(Net(layers.Dense(4)))
+    small = kc.strip_pruning(model)
+    assert type(small) is Net
+    np.testing.assert_array_equal(outputs(small), outputs(model))
+
+
+def test_a_wrapped_layer_may_be_called_with_keywords_alone():
+    queries, values = np.ones((2, 3, 4), "float32"), np.ones((2, 5, 4), "float32")
+    inputs = [keras.Input((3, 4)), keras.Input((5, 4))]
+    call = {"query": inputs[0], "value": inputs[1], "use_causal_mask": False}
+    model = keras.Model(inputs, layers.MultiHeadAttention(2, 4)(**call))
+    pruned = kc.prune_low_magnitude(model)
+    np.testing.assert_allclose(outputs(pruned, [queries, values]), outputs(model, [queries, values]), atol=1e-6)
+    assert len(pruning.prunable_weights(pruned)) == 4
+
+
+def test_a_wrapped_layer_of_two_inputs_is_built_by_its_call():
+    class Two(Block):
+        def call(self, left, right, scale=1.0):
+            return self.second(self.first(left)) * scale + right
+
+    left, right = keras.Input((4,)), keras.Input((2,))
+    wrapped = kc.PruneLowMagnitude(Two())
+    model = keras.Model([left, right], wrapped(right=right, left=left, scale=3.0))
+    assert [kernel.shape for kernel in pruning.prunable_weights(model)] == [(4, 3), (3, 2)]
+    values = [np.ones((1, 4), "float32"), np.ones((1, 2), "float32")]
+    assert outputs(model, values) == pytest.approx(
+        outputs(wrapped.layer.second, outputs(wrapped.layer.first, values[0])) * 3 + 1
+    )
+
+
+# --- what stays dense is told ---
+
+
+class Cell(layers.Layer):
+    state_size = output_size = 3
+
+    def build(self, input_shape):
+        self.matrix = self.add_weight(name="matrix", shape=(input_shape[-1], 3))
+
+    def call(self, inputs, states):
+        return ops.matmul(inputs, self.matrix), states
+
+
+def test_a_cell_of_ones_own_beside_a_prunable_one_stays_dense_with_a_warning():
+    cells = layers.RNN([layers.LSTMCell(4), Cell(name="mine")])
+    with pytest.warns(UserWarning, match="'mine' of type Cell stays dense, .*matrix"):
+        kc.prune_low_magnitude(keras.Sequential([keras.Input((5, 2)), cells]))
+
+
+@pytest.mark.parametrize("dense", [Cell, layers.ConvLSTM2D, layers.SpectralNormalization])
+def test_an_unbuilt_model_tells_what_stays_dense(dense):
+    arguments = {layers.ConvLSTM2D: (3, 2), layers.SpectralNormalization: (layers.Dense(2),)}.get(dense, ())
+    model = keras.Sequential([dense(*arguments, name="mine"), layers.Dense(2)])
+    with pytest.warns(UserWarning, match=f"'mine' of type {dense.__name__} stays dense"):
+        kc.prune_low_magnitude(model)
+
+
+def test_an_unbuilt_model_of_prunable_and_weightless_layers_gives_no_warning():
+    kc.prune_low_magnitude(keras.Sequential([layers.Rescaling(2.0), layers.BatchNormalization(), layers.Dense(2)]))
+
+
+def test_a_policy_of_tfmots_gets_an_error_that_says_what_a_policy_needs():
+    _ = kc.PolynomialDecay  # imports tfmot as kerascompress does
+    from tensorflow_model_optimization.python.core.sparsity.keras import pruning_policy
+
+    model = keras.Sequential([keras.Input((2,)), layers.Dense(2)])
+    for policy in (pruning_policy.PruneForLatencyOnXNNPack(), object()):
+        with pytest.raises(ValueError, match=r"`allow_pruning\(layer\) -> bool`.*ensure_model_supports_pruning"):
+            kc.prune_low_magnitude(model, pruning_policy=policy)
