@@ -13,6 +13,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from kerascompress import graph
 from kerascompress.pruning import PruneLowMagnitude, _numpy, _wrappers, pruning_vars, sparsity, update_masks
 from kerascompress.schedules import last_due
 
@@ -152,15 +153,19 @@ class UpdatePruningStep(StepCallback):
 
 
 class MagnitudeScheduler(StepCallback):
-    """Assigns `schedule(step)` to the magnitude of an augmentation as a model trains; `step` counts optimizer updates.
+    """Assigns `schedule(step)` to the magnitude of an augmentation as a model trains.
+
+    The step is the one that the masks of the model follow, or else the optimizer's, see `StepCallback`.
 
     Args:
-        augment: A layer with a scalar variable `magnitude`, such as `RandAugment`. It need not be a part of the model.
+        augment: A layer with a scalar variable `magnitude`, such as `RandAugment`: one in the model, or, if there is no
+            augmentation in the model, one outside of it, as in `tf.data`.
         schedule: `step -> magnitude` in [0, 30], such as `SparsityLinkedMagnitude`.
 
     Raises:
         TypeError: If `schedule` is not callable, or `augment` has no variable `magnitude`.
-        ValueError: If the magnitude of `augment` is a `(low, high)` pair, or the schedule leaves [0, 30].
+        ValueError: If the magnitude of `augment` is a `(low, high)` pair, the schedule leaves [0, 30], or training
+            begins with a model that does not contain `augment`, but another augmentation.
 
     Example:
         >>> augment = RandAugment(magnitude=14)
@@ -190,6 +195,14 @@ class MagnitudeScheduler(StepCallback):
         self._assigned: float | None = None
 
     def on_train_begin(self, logs=None):
+        layers = graph.walk(self.model)
+        others = [layer for layer in layers if hasattr(getattr(layer, "magnitude", None), "assign")]
+        if others and all(layer is not self.augment for layer in layers):
+            raise ValueError(
+                f"The augmentation to drive is not in the model {self.model.name!r}, which has others: "
+                f"{[layer.name for layer in others]}. Received: augment={self.augment!r}. Pass that of the model: a "
+                "copied model, such as `prune_low_magnitude` returns, has copies of its layers."
+            )
         self._assigned = None  # somebody else may have assigned since the last fit
         super().on_train_begin(logs)
 
