@@ -1,8 +1,6 @@
 """Augmentation in the model, on the device: RandAugment with a live magnitude, and the crop that goes before it."""
 
 import dataclasses
-import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,10 +8,9 @@ import keras
 import numpy as np
 from keras import ops as kops
 
-from kerascompress import image_ops
+from kerascompress import image_ops, rounds
+from kerascompress.rounds import KINDS
 from kerascompress.schedules import StepCallback
-
-_KINDS = ("identity", "table", "warp", "pixels")
 
 
 @keras.saving.register_keras_serializable("kerascompress")
@@ -51,10 +48,10 @@ class Op:
 
     @property
     def kind(self) -> str:
-        return next((kind for kind in _KINDS[1:] if getattr(self, kind) is not None), _KINDS[0])
+        return next((kind for kind in KINDS[1:] if getattr(self, kind) is not None), KINDS[0])
 
     def __post_init__(self):
-        given = [kind for kind in _KINDS[1:] if getattr(self, kind) is not None]
+        given = [kind for kind in KINDS[1:] if getattr(self, kind) is not None]
         if len(given) > 1 or not all(callable(getattr(self, kind)) for kind in given):
             raise ValueError(
                 f"An `Op` needs one function, as `table=`, `warp=` or `pixels=`. Received: {given} in Op {self.name!r}."
@@ -108,7 +105,7 @@ class _Augmentation(keras.layers.Layer):
         return super().__call__(images, *args, **kwargs)
 
     def _augment(self, images, training, augment_batch):
-        if not (_inside_tf_data() if training is None else training):
+        if not (rounds.inside_tf_data() if training is None else training):
             return images
         if len(images.shape) not in (3, 4) or images.shape[-1] not in (1, 3):
             raise ValueError(
@@ -242,7 +239,7 @@ class RandAugment(_Augmentation):
         op, sign, magnitude = self.draw(kops.shape(images)[0], magnitude)
         argument = _take([row.argument / 30 for row in self.ops], op) * magnitude
         argument = argument * kops.where(_take([float(row.signed) for row in self.ops], op) > 0, sign, 1.0)
-        return apply(
+        return rounds.apply(
             self.ops,
             images,
             op,
@@ -390,217 +387,6 @@ class MagnitudeScheduler(StepCallback):
             self._assigned = magnitude
 
 
-def apply(
-    rows: Sequence[Op],
-    images,
-    op,
-    argument,
-    *,
-    value_range: tuple[float, float] = (0, 255),
-    fill_value: float = 0,
-    interpolation: str = "nearest",
-):
-    """Applies to every image the rows that it drew, one after the other.
-
-    Args:
-        rows: The table.
-        images: `(batch, height, width, channels)`, float, or uint8 if `value_range` is (0, 255).
-        op: int32 `(num_ops, batch)`, indices into `rows`.
-        argument: float32 `(num_ops, batch)`, in the units of the rows.
-        value_range: See `RandAugment`, as for the other arguments.
-        fill_value: See there.
-        interpolation: See there.
-
-    Returns:
-        The images, in the same shape, dtype and range.
-    """
-    dtype = keras.backend.standardize_dtype(images.dtype)
-    if "float" not in dtype and (dtype != "uint8" or tuple(value_range) != (0, 255)):
-        raise ValueError(
-            f"RandAugment needs float images, or uint8 with value_range=(0, 255). Received: {dtype} images with "
-            f"value_range={value_range}."
-        )
-    run = _engine(
-        keras.backend.backend(),
-        _on_cpu(),
-        tuple(rows),
-        tuple(images.shape),
-        dtype,
-        op.shape[0],
-        tuple(value_range),
-        fill_value=fill_value,
-        interpolation=interpolation,
-    )
-    return run(images, op, argument)
-
-
-@functools.lru_cache
-def _engine(backend, on_cpu, rows, shape, dtype, num_ops, value_range, **outside):
-    """`apply`, compiled by XLA wherever it is called from: its kernels are several times faster than TensorFlow's."""
-    compiled = backend == "jax" or (backend == "tensorflow" and None not in shape[1:])
-    grouped = compiled and on_cpu and shape[0] != 1
-    one_round = _single_round if shape[0] == 1 else _grouped_round if grouped else _fused_round
-    black, white = value_range
-    step = (white - black) / 255.0
-
-    def run(images, op, argument):
-        if dtype != "uint8":
-            images = image_ops.to_bytes(kops.round((kops.cast(images, "float32") - black) / step))
-        if grouped:
-            images = kops.pad(images, ((0, 1), (0, 0), (0, 0), (0, 0)))
-        # a loop, so that a round ends in memory: compilers would repeat the first for every pixel that the second reads
-        images = kops.fori_loop(
-            0, num_ops, lambda k, images: one_round(rows, images, op[k], argument[k], **outside), images
-        )
-        if grouped:
-            images = images[:-1]
-        return images if dtype == "uint8" else kops.cast(kops.cast(images, "float32") * step + black, dtype)
-
-    if backend == "jax":
-        import jax
-
-        return jax.jit(run)
-    if compiled:
-        import tensorflow as tf
-
-        batch = shape[0] if shape[0] == 1 else None  # one trace for batches of all sizes
-        per_image = [tf.TensorSpec((num_ops, batch), kind) for kind in (tf.int32, tf.float32)]
-        signature = [tf.TensorSpec((batch, *shape[1:]), dtype), *per_image]
-        return tf.function(run, jit_compile=True, autograph=False, input_signature=signature)
-    return run
-
-
-def _single_round(rows, images, op, argument, **outside):
-    """For one image: the operation that it drew, and no other."""
-
-    def branch(row):
-        def apply_row(images, argument):
-            if row.table:
-                tables = image_ops.to_bytes(row.table(images, argument))
-                return image_ops.lookup(images, kops.broadcast_to(tables, (1, images.shape[-1], 256)))
-            if row.warp:
-                matrices = row.warp(argument, *kops.shape(images)[1:3])
-                return image_ops.to_bytes(image_ops.warp(images, matrices, **outside))
-            return image_ops.to_bytes(row.pixels(kops.cast(images, "float32"), argument)) if row.pixels else images
-
-        return apply_row
-
-    return kops.switch(op[0], [branch(row) for row in rows], images, argument)
-
-
-def _fused_round(rows, images, op, argument, **outside):
-    """For accelerators: a few passes over the whole batch, with tables, maps and pixels selected per image."""
-    batch, height, width, channels = kops.shape(images)
-    result = images
-    if any(row.table for row in rows):
-        tables = kops.broadcast_to(kops.convert_to_tensor(np.arange(256, dtype="uint8")), (batch, channels, 256))
-        for i, row in enumerate(rows):
-            if row.table:
-                tables = kops.where((op == i)[:, None, None], image_ops.to_bytes(row.table(images, argument)), tables)
-        result = image_ops.lookup(result, tables)
-    if any(row.warp for row in rows):
-        matrices = _matrices(rows, op, argument, height, width)
-        result = image_ops.to_bytes(image_ops.warp(result, matrices, **outside))
-    for i, row in enumerate(rows):
-        if row.pixels:
-            pixels = image_ops.to_bytes(row.pixels(kops.cast(images, "float32"), argument))
-            result = kops.where((op == i)[:, None, None, None], pixels, result)
-    return result
-
-
-# Images in a chunk. With more, the last chunk of an operation wastes work; with fewer, the loop outweighs its body.
-_CHUNK = 4
-
-
-def _grouped_round(rows, images, op, argument, **outside):
-    """For processors: in chunks of what was drawn, so that an image pays for its own operation only.
-
-    Shapes stay static, as compilers want them: where an operation has no more images, its last chunk takes a spare one,
-    the last of `images`.
-    """
-    spare, height, width, channels = kops.shape(images)
-    spare = spare - 1
-    in_order = sorted(range(len(rows)), key=lambda i: _KINDS.index(rows[i].kind))
-    rows = [rows[i] for i in in_order]
-    place = kops.take(np.argsort(in_order).astype("int32"), op)
-    starts = kops.sum(kops.cast(place[None, :] < np.arange(len(rows) + 1, dtype="int32")[:, None], "int32"), axis=1)
-    order = kops.pad(kops.cast(kops.argsort(place), "int32"), (0, _CHUNK))
-    argument = kops.take(argument, order)
-    matrices = _matrices(rows, kops.take(place, order), argument, height, width)
-
-    def walk(stretches, branches, images, inputs, update, state):
-        """Updates the state with what its branch makes of the images of every stretch of rows, (first, last)."""
-        first, last = (kops.take(starts, np.array(bound, "int32")) for bound in zip(*stretches, strict=True))
-        chunks = (last - first + (_CHUNK - 1)) // _CHUNK
-        done = kops.cumsum(chunks)
-
-        def body(step, state):
-            stretch = kops.sum(kops.cast(step >= done, "int32"))
-            start = kops.take(first, stretch) + (step - kops.take(done - chunks, stretch)) * _CHUNK
-            # gathers, as TensorFlow would compile a slice anew for every start; before the branch, as compilers would
-            # read for every pixel anew what is not in memory when it begins
-            places = start + kops.arange(_CHUNK, dtype="int32")
-            index = kops.where(places < kops.take(last, stretch), image_ops.gather(order, places), spare)
-            chunk = image_ops.gather(state if images is None else images, index)
-            made = kops.switch(stretch, branches, chunk, *(image_ops.gather(each, places) for each in inputs))
-            return step + 1, update(state, made, start, index)
-
-        return kops.while_loop(lambda step, state: step < done[-1], body, (0, state))[1]
-
-    def make_tables(row):
-        def branch(images, argument):
-            return kops.broadcast_to(image_ops.to_bytes(row.table(images, argument)), (_CHUNK, channels, 256))
-
-        return branch
-
-    def make_pixels(row):
-        def branch(images, argument, tables, matrices):
-            return image_ops.to_bytes(row.pixels(kops.cast(images, "float32"), argument))
-
-        return branch
-
-    def look_up(images, argument, tables, matrices):
-        return image_ops.lookup(images, tables)
-
-    def warp(images, argument, tables, matrices):
-        return image_ops.to_bytes(image_ops.warp(images, matrices, **outside))
-
-    def put_tables(tables, made, start, index):
-        return kops.slice_update(tables, (start, 0, 0), made)
-
-    def put_images(images, made, start, index):
-        for k in range(_CHUNK):
-            images = kops.slice_update(images, (index[k], 0, 0, 0), made[k : k + 1])
-        return images
-
-    bounds = np.searchsorted([_KINDS.index(row.kind) for row in rows], range(len(_KINDS) + 1)).tolist()
-    tables = kops.zeros((spare + _CHUNK, channels, 256), "uint8")
-    of_table, of_pixels = range(bounds[1], bounds[2]), range(bounds[3], bounds[4])
-    if of_table:
-        branches = [make_tables(rows[i]) for i in of_table]
-        tables = walk([(i, i + 1) for i in of_table], branches, images, [argument], put_tables, tables)
-    stretches = [*itertools.pairwise(bounds[1:4]), *((i, i + 1) for i in of_pixels)]
-    branches = [look_up, warp, *(make_pixels(rows[i]) for i in of_pixels)]
-    return walk(stretches, branches, None, [argument, tables, matrices], put_images, images)
-
-
-def _matrices(rows, op, argument, height, width):
-    matrix = kops.broadcast_to(kops.convert_to_tensor([1.0, 0.0, 0.0, 0.0, 1.0, 0.0]), (kops.shape(op)[0], 6))
-    for i, row in enumerate(rows):
-        if row.warp:
-            matrix = kops.where((op == i)[:, None], row.warp(argument, height, width), matrix)
-    return matrix
-
-
-def _on_cpu() -> bool:
-    """Whether what is being traced will run on a processor."""
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        return _inside_tf_data() or not tf.config.list_logical_devices("GPU")
-    return not any(device.startswith(("gpu", "cuda", "tpu")) for device in keras.distribution.list_devices())
-
-
 def _rows(ops: Sequence[str | Op]) -> tuple[Op, ...]:
     known = {row.name: row for row in OPS}
     unknown = [row for row in ops if not isinstance(row, Op) and row not in known]
@@ -613,15 +399,3 @@ def _rows(ops: Sequence[str | Op]) -> tuple[Op, ...]:
 
 def _take(column: list[float], op):
     return kops.take(kops.convert_to_tensor(np.array(column, "float32")), op)
-
-
-def _inside_tf_data() -> bool:
-    """Whether a `tf.data` transformation is being traced: `dataset.map(augment)` is there in order to augment."""
-    if keras.backend.backend() != "tensorflow":
-        return False
-    import tensorflow as tf
-
-    graph = tf.compat.v1.get_default_graph()
-    while graph is not None and not getattr(graph, "name", "").startswith("Dataset_"):
-        graph = getattr(graph, "outer_graph", None)
-    return graph is not None
