@@ -89,8 +89,20 @@ OPS = (
 class _Augmentation(keras.layers.Layer):
     """What the layers here share: when they act, on which images, and with what randomness."""
 
-    def __init__(self, seed: int | None, **kwargs: Any):
+    def __init__(self, value_range: tuple[float, float], fill_value: float, seed: int | None, **kwargs: Any):
         super().__init__(**{"autocast": False, **kwargs})
+        if len(value_range) != 2 or not value_range[0] < value_range[1]:
+            raise ValueError(
+                "`value_range` must be `(black, white)` with black < white, such as (0, 255), (0, 1) or (-1, 1). "
+                f"Received: value_range={value_range}."
+            )
+        if not 0 <= fill_value <= 255:
+            raise ValueError(
+                "`fill_value` must be in [0, 255], black to white, whatever `value_range` is. "
+                f"Received: fill_value={fill_value}."
+            )
+        self.value_range = (value_range[0], value_range[1])
+        self.fill_value = fill_value
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
 
@@ -112,7 +124,9 @@ class _Augmentation(keras.layers.Layer):
                 f"{type(self).__name__} needs images of shape (batch, height, width, channels) or "
                 f"(height, width, channels), with 1 or 3 channels. Received: images of shape {tuple(images.shape)}."
             )
-        return augment_batch(images) if len(images.shape) == 4 else augment_batch(images[None])[0]
+        batch = images if len(images.shape) == 4 else images[None]
+        output = augment_batch(batch, rounds.on_scale(batch, self.value_range, type(self).__name__))
+        return output if len(images.shape) == 4 else output[0]
 
     def save_own_variables(self, store):
         super().save_own_variables(store)
@@ -130,6 +144,10 @@ class _Augmentation(keras.layers.Layer):
 
     def compute_output_spec(self, images, *args, **kwargs):
         return keras.KerasTensor(images.shape, images.dtype)
+
+    def get_config(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in ("value_range", "fill_value", "seed")}
+        return {**super().get_config(), **own}
 
 
 @keras.saving.register_keras_serializable("kerascompress")
@@ -150,7 +168,8 @@ class RandAugment(_Augmentation):
         num_ops: How many operations an image draws.
         ops: Names of `OPS`, or `Op` rows of your own; all of `OPS` by default.
         value_range: The values of black and white in the images: `(0, 255)`, `(0, 1)`, `(-1, 1)`. Float images are
-            rounded to the 256 levels in between.
+            rounded to the 256 levels in between. Images that are obviously on another scale are refused; in a step that
+            XLA has compiled, as `fit` on JAX and on GPUs, nothing can be, and they become NaN, and so does the loss.
         fill_value: What rotate, shear and translate show outside of the image, from 0 (black) to 255 (white), whatever
             `value_range` is.
         interpolation: `"nearest"`, as in the paper, or `"bilinear"`.
@@ -165,7 +184,8 @@ class RandAugment(_Augmentation):
         The augmented images, in the shape, dtype and value range of `images`.
 
     Raises:
-        ValueError: If an argument is out of range, an operation is unknown, or the images have a wrong shape or dtype.
+        ValueError: If an argument is out of range, an operation is unknown, or the images have a wrong shape, dtype or
+            scale.
         RuntimeError: If called inside of `tf.data` on another backend than TensorFlow.
 
     Example:
@@ -192,7 +212,7 @@ class RandAugment(_Augmentation):
         seed: int | None = None,
         **kwargs: Any,
     ):
-        super().__init__(seed, **kwargs)
+        super().__init__(value_range, fill_value, seed, **kwargs)
         low_high = np.asarray(magnitude, dtype="float32")
         if low_high.shape not in ((), (2,)) or not (
             np.all((low_high >= 0) & (low_high <= 30)) and np.all(np.diff(np.atleast_1d(low_high)) >= 0)
@@ -203,24 +223,12 @@ class RandAugment(_Augmentation):
             )
         if not isinstance(num_ops, int) or num_ops < 1:
             raise ValueError(f"`num_ops` must be a whole number of at least 1. Received: num_ops={num_ops}.")
-        if len(value_range) != 2 or not value_range[0] < value_range[1]:
-            raise ValueError(
-                "`value_range` must be `(black, white)` with black < white, such as (0, 255), (0, 1) or (-1, 1). "
-                f"Received: value_range={value_range}."
-            )
-        if not 0 <= fill_value <= 255:
-            raise ValueError(
-                "`fill_value` must be in [0, 255], black to white, whatever `value_range` is. "
-                f"Received: fill_value={fill_value}."
-            )
         if interpolation not in ("nearest", "bilinear"):
             raise ValueError(
                 f'`interpolation` must be "nearest" or "bilinear". Received: interpolation={interpolation!r}.'
             )
         self.num_ops = num_ops
         self.ops = _rows(OPS if ops is None else ops)
-        self.value_range = (value_range[0], value_range[1])
-        self.fill_value = fill_value
         self.interpolation = interpolation
         self._initial_magnitude = low_high.tolist()
         self.magnitude = self.add_weight(
@@ -233,9 +241,9 @@ class RandAugment(_Augmentation):
         )
 
     def call(self, images, magnitude=None, training=None):
-        return self._augment(images, training, lambda batch: self._augment_batch(batch, magnitude))
+        return self._augment(images, training, lambda batch, good: self._augment_batch(batch, good, magnitude))
 
-    def _augment_batch(self, images, magnitude):
+    def _augment_batch(self, images, good, magnitude):
         op, sign, magnitude = self.draw(kops.shape(images)[0], magnitude)
         argument = _take([row.argument / 30 for row in self.ops], op) * magnitude
         argument = argument * kops.where(_take([float(row.signed) for row in self.ops], op) > 0, sign, 1.0)
@@ -244,6 +252,7 @@ class RandAugment(_Augmentation):
             images,
             op,
             argument,
+            good=good,
             value_range=self.value_range,
             fill_value=self.fill_value,
             interpolation=self.interpolation,
@@ -271,10 +280,7 @@ class RandAugment(_Augmentation):
             "magnitude": self._initial_magnitude,
             "num_ops": self.num_ops,
             "ops": [row.name if row in OPS else keras.saving.serialize_keras_object(row) for row in self.ops],
-            "value_range": self.value_range,
-            "fill_value": self.fill_value,
             "interpolation": self.interpolation,
-            "seed": self.seed,
         }
 
     @classmethod
@@ -291,7 +297,8 @@ class RandomCrop(_Augmentation):
 
     Args:
         padding: Pixels on each side.
-        fill_value: Their value, in the unit of the images.
+        value_range: As for `RandAugment`: images on another scale are refused, or become NaN.
+        fill_value: What the padding shows, from 0 (black) to 255 (white), whatever `value_range` is.
         seed: Makes the draws reproducible.
 
     Call arguments:
@@ -302,32 +309,43 @@ class RandomCrop(_Augmentation):
         The images, in the same shape and dtype.
 
     Raises:
-        ValueError: If `padding` is not a whole number of at least 0.
+        ValueError: If an argument is out of range, or the images have a wrong shape or scale.
 
     Example:
         >>> import keras
         >>> base_augmentation = [RandomCrop(padding=4, seed=0), keras.layers.RandomFlip("horizontal", seed=1)]
     """
 
-    def __init__(self, padding: int = 4, *, fill_value: float = 128, seed: int | None = None, **kwargs: Any):
-        super().__init__(seed, **kwargs)
+    def __init__(
+        self,
+        padding: int = 4,
+        *,
+        value_range: tuple[float, float] = (0, 255),
+        fill_value: float = 128,
+        seed: int | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(value_range, fill_value, seed, **kwargs)
         if not isinstance(padding, int) or padding < 0:
             raise ValueError(f"`padding` must be a whole number of pixels, at least 0. Received: padding={padding}.")
         self.padding = padding
-        self.fill_value = fill_value
 
     def call(self, images, training=None):
         return self._augment(images, training, self._crop)
 
-    def _crop(self, images):
+    def _crop(self, images, good):
         shape = (2, kops.shape(images)[0])
         offset = keras.random.randint(shape, -self.padding, self.padding + 1, seed=self.seed_generator)
         x, y = kops.cast(offset[0], "float32"), kops.cast(offset[1], "float32")
+        black, white = self.value_range
+        fill_value = black + self.fill_value * (white - black) / 255
+        if good is not True:  # on another scale, padding is all that is to be seen: cheaper than a pass over the images
+            x, fill_value = kops.where(good, x, 2.0**14), kops.where(good, fill_value, float("nan"))
         zero, one = kops.zeros_like(x), kops.ones_like(x)
-        return image_ops.warp(images, kops.stack([one, zero, x, zero, one, y], axis=1), fill_value=self.fill_value)
+        return image_ops.warp(images, kops.stack([one, zero, x, zero, one, y], axis=1), fill_value=fill_value)
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "padding": self.padding, "fill_value": self.fill_value, "seed": self.seed}
+        return {**super().get_config(), "padding": self.padding}
 
 
 class MagnitudeScheduler(StepCallback):

@@ -6,6 +6,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from kerascompress import rounds
+
 # keras-cv takes its layers from `tf.keras`. Where nobody has asked for `tf.keras` by the time that tfmot sets
 # TF_USE_LEGACY_KERAS, it becomes Keras 2 for the whole process. So: ask for it before keras-cv does.
 if tf.keras.layers.Layer is not keras.layers.Layer:
@@ -51,7 +53,7 @@ class RandAugment(keras_cv.layers.RandAugment):
 
     Raises:
         RuntimeError: On another backend than TensorFlow.
-        ValueError: If an argument is out of range, or the images have other than 3 channels.
+        ValueError: If an argument is out of range, or the images have other than 3 channels or another scale.
 
     Example:
         >>> import keras
@@ -142,6 +144,7 @@ class RandAugment(keras_cv.layers.RandAugment):
             live(translate_y, height_lower=lambda u: -u, height_upper=lambda u: u)
 
     def call(self, inputs, training=None):
+        given = inputs["images"] if isinstance(inputs, dict) else inputs
         inputs = self._ensure_inputs_are_compute_dtype(inputs)
         images = inputs["images"] if isinstance(inputs, dict) else inputs
         if images.shape[-1] not in (3, None):
@@ -151,6 +154,7 @@ class RandAugment(keras_cv.layers.RandAugment):
             )
         if training is not None and not training:
             return inputs
+        rounds.on_scale(getattr(given, "flat_values", given), self.value_range, type(self).__name__)  # of ragged images
         if tf.executing_eagerly():
             return super().call(inputs)
         return tf.function(super().call)(inputs)  # Keras turns AutoGraph off, without which keras-cv does not trace

@@ -17,7 +17,7 @@ from kerascompress import image_ops
 KINDS = ("identity", "table", "warp", "pixels")  # of rows, by what they do
 
 
-def apply(rows, images, op, argument, *, value_range=(0, 255), fill_value=0, interpolation="nearest"):
+def apply(rows, images, op, argument, *, good=True, value_range=(0, 255), fill_value=0, interpolation="nearest"):
     """Applies to every image the rows that it drew, one after the other.
 
     Args:
@@ -25,6 +25,7 @@ def apply(rows, images, op, argument, *, value_range=(0, 255), fill_value=0, int
         images: `(batch, height, width, channels)`, float, or uint8 if `value_range` is (0, 255).
         op: int32 `(num_ops, batch)`, indices into `rows`.
         argument: float32 `(num_ops, batch)`, in the units of the rows.
+        good: What `on_scale` says; float images become NaN where it is False.
         value_range: See `RandAugment`, as for the other arguments.
         fill_value: See there.
         interpolation: See there.
@@ -33,11 +34,8 @@ def apply(rows, images, op, argument, *, value_range=(0, 255), fill_value=0, int
         The images, in the same shape, dtype and range.
     """
     dtype = keras.backend.standardize_dtype(images.dtype)
-    if "float" not in dtype and (dtype != "uint8" or tuple(value_range) != (0, 255)):
-        raise ValueError(
-            f"RandAugment needs float images, or uint8 with value_range=(0, 255). Received: {dtype} images with "
-            f"value_range={value_range}."
-        )
+    if "float" not in dtype and dtype != "uint8":
+        raise ValueError(f"RandAugment needs float images, or uint8 from 0 to 255. Received: {dtype} images.")
     run = _engine(
         keras.backend.backend(),
         _on_cpu(),
@@ -49,7 +47,7 @@ def apply(rows, images, op, argument, *, value_range=(0, 255), fill_value=0, int
         fill_value=fill_value,
         interpolation=interpolation,
     )
-    return run(images, op, argument)
+    return run(images, op, argument, kops.convert_to_tensor(good))
 
 
 @functools.lru_cache
@@ -61,7 +59,7 @@ def _engine(backend, on_cpu, rows, shape, dtype, num_ops, value_range, **outside
     black, white = value_range
     step = (white - black) / 255.0
 
-    def run(images, op, argument):
+    def run(images, op, argument, good):
         if dtype != "uint8":
             images = image_ops.to_bytes(kops.round((kops.cast(images, "float32") - black) / step))
         if grouped:
@@ -72,7 +70,9 @@ def _engine(backend, on_cpu, rows, shape, dtype, num_ops, value_range, **outside
         )
         if grouped:
             images = images[:-1]
-        return images if dtype == "uint8" else kops.cast(kops.cast(images, "float32") * step + black, dtype)
+        if dtype == "uint8":
+            return images
+        return kops.cast(kops.cast(images, "float32") * kops.where(good, step, float("nan")) + black, dtype)
 
     if backend == "jax":
         import jax
@@ -83,7 +83,7 @@ def _engine(backend, on_cpu, rows, shape, dtype, num_ops, value_range, **outside
 
         batch = shape[0] if shape[0] == 1 else None  # one trace for batches of all sizes
         per_image = [tf.TensorSpec((num_ops, batch), kind) for kind in (tf.int32, tf.float32)]
-        signature = [tf.TensorSpec((batch, *shape[1:]), dtype), *per_image]
+        signature = [tf.TensorSpec((batch, *shape[1:]), dtype), *per_image, tf.TensorSpec((), tf.bool)]
         return tf.function(run, jit_compile=True, autograph=False, input_signature=signature)
     return run
 
@@ -128,6 +128,7 @@ def _fused_round(rows, images, op, argument, **outside):
     return result
 
 
+_LOOK_AT = 16  # so many images of a batch tell its scale: all of them would cost a fifth of a round
 # Images in a chunk. With more, the last chunk of an operation wastes work; with fewer, the loop outweighs its body.
 _CHUNK = 4
 
@@ -218,6 +219,54 @@ def _matrices(rows, op, argument, height, width):
         if row.warp:
             matrix = kops.where((op == i)[:, None], row.warp(argument, height, width), matrix)
     return matrix
+
+
+def on_scale(images, value_range, name):
+    """Whether images are on the scale of `value_range`, as far as their extremes tell: an error if not, or a scalar.
+
+    On a wrong scale, they would turn into black or white without a word. No batch of `value_range` is at most one of
+    the 256 levels brighter than black, nor partly darker than black and nowhere brighter than 16 levels (standardised
+    images under (0, 255)), nor half the range beyond black or white. No step that XLA has compiled can raise: to it,
+    `Assert` is no operation, and a callback of JAX would keep it out of the compilation cache. There, who calls turns
+    images into NaN by the scalar, and the loss is NaN at once.
+
+    Args:
+        images: `(batch, height, width, channels)`. Whole numbers are taken for 0..255, however dark.
+        value_range: The values of black and white.
+        name: Of the layer, for the error.
+
+    Returns:
+        True, or a boolean scalar where the values are not known yet.
+    """
+    black, white = value_range
+    dtype = keras.backend.standardize_dtype(images.dtype)
+    if "float" not in dtype:
+        if tuple(value_range) == (0, 255):
+            return True
+        raise ValueError(
+            f"{name} needs float images, or whole numbers with value_range=(0, 255). Received: {dtype} images with "
+            f"value_range={value_range}."
+        )
+    extremes = [kops.cast(extreme(images[:_LOOK_AT]), "float32") for extreme in (kops.min, kops.max)]
+    low, high = ((value - black) * (255 / (white - black)) for value in extremes)
+    dark = ((high > 0) & (high < 1.5)) | ((low < -0.5) & (high < 16))
+    good = (low >= -127.5) & (high <= 255 + 127.5) & kops.logical_not(dark)
+    received = f"{name} needs images with values in value_range={value_range}. Received: values from"
+    advice = (
+        "Give it the range of your images, such as value_range=(0, 1) or (-1, 1), or put it in front of what "
+        "normalises them. Images of 0 to 255 that are almost black pass as uint8."
+    )
+    try:
+        seen = [float(value) for value in extremes]
+    except TypeError:  # while a step is being traced
+        if keras.backend.backend() == "tensorflow":
+            import tensorflow as tf
+
+            tf.debugging.Assert(good, [received, extremes[0], "to", extremes[1], advice])
+        return good
+    if not good:
+        raise ValueError(f"{received} {seen[0]:g} to {seen[1]:g}. {advice}")
+    return True
 
 
 def _on_cpu() -> bool:
