@@ -150,18 +150,8 @@ class Distiller(keras.Model):
     ):
         super().__init__(**{"autocast": False, "dtype": getattr(student, "dtype_policy", None), **kwargs})
         self._held = types.SimpleNamespace(teacher=None, runs=None)  # hides the teacher from Keras' tracking
-        if not hasattr(num_candidates, "__index__") or num_candidates < 1:
-            raise ValueError(
-                f"`num_candidates` must be a whole number of at least 1. Received: num_candidates={num_candidates}."
-            )
+        _check_numbers(num_candidates, alpha, temperature=temperature, selection_temperature=selection_temperature)
         select_candidates([[0.0]], [[0.0]], ce_weight, kl_weight)
-        for name, value in (("temperature", temperature), ("selection_temperature", selection_temperature)):
-            if not value > 0:
-                raise ValueError(f"`{name}` must be positive. Received: {name}={value}.")
-        if not 0 < alpha <= 1:
-            raise ValueError(
-                f"`alpha`, the share of the cross-entropy with the labels, must be in (0, 1]. Received: alpha={alpha}."
-            )
         if not callable(augment):
             raise TypeError(
                 f"`augment` must be a layer or function of images, such as RandAugment. Received: augment={augment!r}."
@@ -467,6 +457,20 @@ def _cross_entropy(labels, logits):
         loss = -kops.sum(kops.one_hot(labels, classes, dtype="float32") * log_probabilities, axis=-1)
         return kops.where((labels >= 0) & (labels < classes), loss, float("nan"))  # no class: nothing to learn quietly
     return -kops.sum(kops.cast(labels, "float32") * log_probabilities, axis=-1)
+
+
+def _check_numbers(num_candidates, alpha, **temperatures):
+    if not hasattr(num_candidates, "__index__") or num_candidates < 1:
+        raise ValueError(
+            f"`num_candidates` must be a whole number of at least 1. Received: num_candidates={num_candidates}."
+        )
+    for name, value in temperatures.items():
+        if not value > 0:
+            raise ValueError(f"`{name}` must be positive. Received: {name}={value}.")
+    if not 0 < alpha <= 1:
+        raise ValueError(
+            f"`alpha`, the share of the cross-entropy with the labels, must be in (0, 1]. Received: alpha={alpha}."
+        )
 
 
 def _check_labels(labels):

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import tarfile
 import tempfile
 import warnings
@@ -208,8 +209,16 @@ def _input_names(model) -> list[str]:
                 f"Received: {model.name!r} with {part}. Flatten it in a keras.Model around it."
             )
     if not sequential and isinstance(model.input, dict):
-        return [path[0] for path, _ in keras.tree.flatten_with_path(model.input)]
-    return ["images"] if len(model.inputs) == 1 else [each.name for each in model.inputs]
+        names = [path[0] for path, _ in keras.tree.flatten_with_path(model.input)]
+    else:
+        names = ["images"] if len(model.inputs) == 1 else [each.name for each in model.inputs]
+    wrong = [name for name in names if not re.fullmatch(r"[A-Za-z0-9.][A-Za-z0-9_.\\/>-]*", name)]
+    if wrong:
+        raise ValueError(
+            "The name of an input must be of letters, digits and _ . - /, and begin with a letter or digit, for "
+            f"TensorFlow to take it. Received: {wrong} of {model.name!r}."
+        )
+    return names
 
 
 def _structured(model, values: list):

@@ -79,29 +79,7 @@ class RandAugment(keras_cv.layers.RandAugment):
         seed: int | None = None,
         **kwargs: Any,
     ):
-        if keras.backend.backend() != "tensorflow":
-            raise RuntimeError(
-                "`kerascompress.keras_cv.RandAugment` works on the TensorFlow backend only. "
-                f"Received: the {keras.backend.backend()} backend. Use `kerascompress.RandAugment`."
-            )
-        if len(value_range) != 2 or not value_range[0] < value_range[1]:
-            raise ValueError(
-                "`value_range` must be `(black, white)` with black < white, such as (0, 255) or (0, 1). "
-                f"Received: value_range={value_range}."
-            )
-        if not isinstance(augmentations_per_image, int) or augmentations_per_image < 1:
-            raise ValueError(
-                "`augmentations_per_image` must be a whole number of at least 1. "
-                f"Received: augmentations_per_image={augmentations_per_image}."
-            )
-        if not 0 <= magnitude <= 30:
-            raise ValueError(
-                "`magnitude` must be a number in [0, 30], the paper's scale. "
-                f"Received: magnitude={magnitude}. If yours is keras-cv's, multiply it by 30."
-            )
-        for name, value in {"magnitude_stddev": magnitude_stddev, "rate": rate}.items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"`{name}` must be a number in [0, 1]. Received: {name}={value}.")
+        _check(value_range, augmentations_per_image, magnitude, magnitude_stddev=magnitude_stddev, rate=rate)
         super().__init__(
             value_range,
             augmentations_per_image,
@@ -161,6 +139,32 @@ class RandAugment(keras_cv.layers.RandAugment):
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "magnitude": self._initial_magnitude}
+
+
+def _check(value_range, augmentations_per_image, magnitude, **shares):
+    if keras.backend.backend() != "tensorflow":
+        raise RuntimeError(
+            "`kerascompress.keras_cv.RandAugment` works on the TensorFlow backend only. "
+            f"Received: the {keras.backend.backend()} backend. Use `kerascompress.RandAugment`."
+        )
+    if len(value_range) != 2 or not value_range[0] < value_range[1]:
+        raise ValueError(
+            "`value_range` must be `(black, white)` with black < white, such as (0, 255) or (0, 1). "
+            f"Received: value_range={value_range}."
+        )
+    if not isinstance(augmentations_per_image, int) or augmentations_per_image < 1:
+        raise ValueError(
+            "`augmentations_per_image` must be a whole number of at least 1. "
+            f"Received: augmentations_per_image={augmentations_per_image}."
+        )
+    if not 0 <= magnitude <= 30:
+        raise ValueError(
+            "`magnitude` must be a number in [0, 30], the paper's scale. "
+            f"Received: magnitude={magnitude}. If yours is keras-cv's, multiply it by 30."
+        )
+    for name, value in shares.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"`{name}` must be a number in [0, 1]. Received: {name}={value}.")
 
 
 class _Live:

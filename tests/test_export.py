@@ -304,6 +304,7 @@ def bad_models():
         (keras.Sequential([keras.layers.Dense(2)]), "not built"),
         (subclassed, "[Ss]ubclassed"),
         (keras.Model([first, [second]], keras.layers.Add()([first, second])), "must be tensors, or a list or"),
+        (keras.Model([first, keras.Input((3,), name="a b")], first), r"name of an input.*Received: \['a b'\]"),
         (nan, "not all finite.*as `images`"),
         ("resnet20", "Keras 3 model"),
     ]
