@@ -132,7 +132,9 @@ class RandAugment(keras_cv.layers.RandAugment):
             )
         if training is not None and not training:
             return inputs
-        rounds.on_scale(getattr(given, "flat_values", given), self.value_range, type(self).__name__)  # of ragged images
+        if not isinstance(given, tf.RaggedTensor):
+            batch = given if len(given.shape) == 4 else given[None]
+            rounds.on_scale(batch, self.value_range, type(self).__name__)
         if tf.executing_eagerly():
             return super().call(inputs)
         return tf.function(super().call)(inputs)  # Keras turns AutoGraph off, without which keras-cv does not trace

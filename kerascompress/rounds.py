@@ -247,10 +247,12 @@ def on_scale(images, value_range, name):
             f"{name} needs float images, or whole numbers with value_range=(0, 255). Received: {dtype} images with "
             f"value_range={value_range}."
         )
-    extremes = [kops.cast(extreme(images[:_LOOK_AT]), "float32") for extreme in (kops.min, kops.max)]
+    some = kops.cast(images[:_LOOK_AT], "float32")
+    extremes = [kops.min(some), kops.max(some)]
     low, high = ((value - black) * (255 / (white - black)) for value in extremes)
     dark = ((high > 0) & (high < 1.5)) | ((low < -0.5) & (high < 16))
     good = (low >= -127.5) & (high <= 255 + 127.5) & kops.logical_not(dark)
+    good = good & kops.all(kops.isfinite(some))  # as when a layer before has said no; extremes may leave NaN out
     received = f"{name} needs images with values in value_range={value_range}. Received: values from"
     advice = (
         "Give it the range of your images, such as value_range=(0, 1) or (-1, 1), or put it in front of what "
