@@ -1,8 +1,6 @@
 """Augmentation in the model, on the device: RandAugment with a live magnitude, and the crop that goes before it."""
 
 import dataclasses
-import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,9 +8,8 @@ import keras
 import numpy as np
 from keras import ops as kops
 
-from kerascompress import image_ops
-
-_KINDS = ("identity", "table", "warp", "pixels")
+from kerascompress import image_ops, rounds
+from kerascompress.rounds import KINDS
 
 
 @keras.saving.register_keras_serializable("kerascompress")
@@ -50,10 +47,10 @@ class Op:
 
     @property
     def kind(self) -> str:
-        return next((kind for kind in _KINDS[1:] if getattr(self, kind) is not None), _KINDS[0])
+        return next((kind for kind in KINDS[1:] if getattr(self, kind) is not None), KINDS[0])
 
     def __post_init__(self):
-        given = [kind for kind in _KINDS[1:] if getattr(self, kind) is not None]
+        given = [kind for kind in KINDS[1:] if getattr(self, kind) is not None]
         if len(given) > 1 or not all(callable(getattr(self, kind)) for kind in given):
             raise ValueError(
                 f"An `Op` needs one function, as `table=`, `warp=` or `pixels=`. Received: {given} in Op {self.name!r}."
@@ -91,8 +88,20 @@ OPS = (
 class _Augmentation(keras.layers.Layer):
     """What the layers here share: when they act, on which images, and with what randomness."""
 
-    def __init__(self, seed: int | None, **kwargs: Any):
+    def __init__(self, value_range: tuple[float, float], fill_value: float, seed: int | None, **kwargs: Any):
         super().__init__(**{"autocast": False, **kwargs})
+        if len(value_range) != 2 or not value_range[0] < value_range[1]:
+            raise ValueError(
+                "`value_range` must be `(black, white)` with black < white, such as (0, 255), (0, 1) or (-1, 1). "
+                f"Received: value_range={value_range}."
+            )
+        if not 0 <= fill_value <= 255:
+            raise ValueError(
+                "`fill_value` must be in [0, 255], black to white, whatever `value_range` is. "
+                f"Received: fill_value={fill_value}."
+            )
+        self.value_range = (value_range[0], value_range[1])
+        self.fill_value = fill_value
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
 
@@ -107,14 +116,16 @@ class _Augmentation(keras.layers.Layer):
         return super().__call__(images, *args, **kwargs)
 
     def _augment(self, images, training, augment_batch):
-        if not (_inside_tf_data() if training is None else training):
+        if not (rounds.inside_tf_data() if training is None else training):
             return images
         if len(images.shape) not in (3, 4) or images.shape[-1] not in (1, 3):
             raise ValueError(
                 f"{type(self).__name__} needs images of shape (batch, height, width, channels) or "
                 f"(height, width, channels), with 1 or 3 channels. Received: images of shape {tuple(images.shape)}."
             )
-        return augment_batch(images) if len(images.shape) == 4 else augment_batch(images[None])[0]
+        batch = images if len(images.shape) == 4 else images[None]
+        output = augment_batch(batch, rounds.on_scale(batch, self.value_range, type(self).__name__))
+        return output if len(images.shape) == 4 else output[0]
 
     def save_own_variables(self, store):
         super().save_own_variables(store)
@@ -132,6 +143,10 @@ class _Augmentation(keras.layers.Layer):
 
     def compute_output_spec(self, images, *args, **kwargs):
         return keras.KerasTensor(images.shape, images.dtype)
+
+    def get_config(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in ("value_range", "fill_value", "seed")}
+        return {**super().get_config(), **own}
 
 
 @keras.saving.register_keras_serializable("kerascompress")
@@ -152,7 +167,8 @@ class RandAugment(_Augmentation):
         num_ops: How many operations an image draws.
         ops: Names of `OPS`, or `Op` rows of your own; all of `OPS` by default.
         value_range: The values of black and white in the images: `(0, 255)`, `(0, 1)`, `(-1, 1)`. Float images are
-            rounded to the 256 levels in between.
+            rounded to the 256 levels in between. Images that are obviously on another scale are refused; in a step that
+            XLA has compiled, as `fit` on JAX and on GPUs, nothing can be, and they become NaN, and so does the loss.
         fill_value: What rotate, shear and translate show outside of the image, from 0 (black) to 255 (white), whatever
             `value_range` is.
         interpolation: `"nearest"`, as in the paper, or `"bilinear"`.
@@ -167,7 +183,8 @@ class RandAugment(_Augmentation):
         The augmented images, in the shape, dtype and value range of `images`.
 
     Raises:
-        ValueError: If an argument is out of range, an operation is unknown, or the images have a wrong shape or dtype.
+        ValueError: If an argument is out of range, an operation is unknown, or the images have a wrong shape, dtype or
+            scale.
         RuntimeError: If called inside of `tf.data` on another backend than TensorFlow.
 
     Example:
@@ -194,7 +211,7 @@ class RandAugment(_Augmentation):
         seed: int | None = None,
         **kwargs: Any,
     ):
-        super().__init__(seed, **kwargs)
+        super().__init__(value_range, fill_value, seed, **kwargs)
         low_high = np.asarray(magnitude, dtype="float32")
         if low_high.shape not in ((), (2,)) or not (
             np.all((low_high >= 0) & (low_high <= 30)) and np.all(np.diff(np.atleast_1d(low_high)) >= 0)
@@ -205,24 +222,12 @@ class RandAugment(_Augmentation):
             )
         if not isinstance(num_ops, int) or num_ops < 1:
             raise ValueError(f"`num_ops` must be a whole number of at least 1. Received: num_ops={num_ops}.")
-        if len(value_range) != 2 or not value_range[0] < value_range[1]:
-            raise ValueError(
-                "`value_range` must be `(black, white)` with black < white, such as (0, 255), (0, 1) or (-1, 1). "
-                f"Received: value_range={value_range}."
-            )
-        if not 0 <= fill_value <= 255:
-            raise ValueError(
-                "`fill_value` must be in [0, 255], black to white, whatever `value_range` is. "
-                f"Received: fill_value={fill_value}."
-            )
         if interpolation not in ("nearest", "bilinear"):
             raise ValueError(
                 f'`interpolation` must be "nearest" or "bilinear". Received: interpolation={interpolation!r}.'
             )
         self.num_ops = num_ops
         self.ops = _rows(OPS if ops is None else ops)
-        self.value_range = (value_range[0], value_range[1])
-        self.fill_value = fill_value
         self.interpolation = interpolation
         self._initial_magnitude = low_high.tolist()
         self.magnitude = self.add_weight(
@@ -235,17 +240,18 @@ class RandAugment(_Augmentation):
         )
 
     def call(self, images, magnitude=None, training=None):
-        return self._augment(images, training, lambda batch: self._augment_batch(batch, magnitude))
+        return self._augment(images, training, lambda batch, good: self._augment_batch(batch, good, magnitude))
 
-    def _augment_batch(self, images, magnitude):
+    def _augment_batch(self, images, good, magnitude):
         op, sign, magnitude = self.draw(kops.shape(images)[0], magnitude)
         argument = _take([row.argument / 30 for row in self.ops], op) * magnitude
         argument = argument * kops.where(_take([float(row.signed) for row in self.ops], op) > 0, sign, 1.0)
-        return apply(
+        return rounds.apply(
             self.ops,
             images,
             op,
             argument,
+            good=good,
             value_range=self.value_range,
             fill_value=self.fill_value,
             interpolation=self.interpolation,
@@ -273,10 +279,7 @@ class RandAugment(_Augmentation):
             "magnitude": self._initial_magnitude,
             "num_ops": self.num_ops,
             "ops": [row.name if row in OPS else keras.saving.serialize_keras_object(row) for row in self.ops],
-            "value_range": self.value_range,
-            "fill_value": self.fill_value,
             "interpolation": self.interpolation,
-            "seed": self.seed,
         }
 
     @classmethod
@@ -293,7 +296,8 @@ class RandomCrop(_Augmentation):
 
     Args:
         padding: Pixels on each side.
-        fill_value: Their value, in the unit of the images.
+        value_range: As for `RandAugment`: images on another scale are refused, or become NaN.
+        fill_value: What the padding shows, from 0 (black) to 255 (white), whatever `value_range` is.
         seed: Makes the draws reproducible.
 
     Call arguments:
@@ -304,243 +308,43 @@ class RandomCrop(_Augmentation):
         The images, in the same shape and dtype.
 
     Raises:
-        ValueError: If `padding` is not a whole number of at least 0.
+        ValueError: If an argument is out of range, or the images have a wrong shape or scale.
 
     Example:
         >>> import keras
         >>> base_augmentation = [RandomCrop(padding=4, seed=0), keras.layers.RandomFlip("horizontal", seed=1)]
     """
 
-    def __init__(self, padding: int = 4, *, fill_value: float = 128, seed: int | None = None, **kwargs: Any):
-        super().__init__(seed, **kwargs)
+    def __init__(
+        self,
+        padding: int = 4,
+        *,
+        value_range: tuple[float, float] = (0, 255),
+        fill_value: float = 128,
+        seed: int | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(value_range, fill_value, seed, **kwargs)
         if not isinstance(padding, int) or padding < 0:
             raise ValueError(f"`padding` must be a whole number of pixels, at least 0. Received: padding={padding}.")
         self.padding = padding
-        self.fill_value = fill_value
 
     def call(self, images, training=None):
         return self._augment(images, training, self._crop)
 
-    def _crop(self, images):
+    def _crop(self, images, good):
         shape = (2, kops.shape(images)[0])
         offset = keras.random.randint(shape, -self.padding, self.padding + 1, seed=self.seed_generator)
         x, y = kops.cast(offset[0], "float32"), kops.cast(offset[1], "float32")
+        black, white = self.value_range
+        fill_value = black + self.fill_value * (white - black) / 255
+        if good is not True:  # on another scale, padding is all that is to be seen: cheaper than a pass over the images
+            x, fill_value = kops.where(good, x, 2.0**14), kops.where(good, fill_value, float("nan"))
         zero, one = kops.zeros_like(x), kops.ones_like(x)
-        return image_ops.warp(images, kops.stack([one, zero, x, zero, one, y], axis=1), fill_value=self.fill_value)
+        return image_ops.warp(images, kops.stack([one, zero, x, zero, one, y], axis=1), fill_value=fill_value)
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "padding": self.padding, "fill_value": self.fill_value, "seed": self.seed}
-
-
-def apply(
-    rows: Sequence[Op],
-    images,
-    op,
-    argument,
-    *,
-    value_range: tuple[float, float] = (0, 255),
-    fill_value: float = 0,
-    interpolation: str = "nearest",
-):
-    """Applies to every image the rows that it drew, one after the other.
-
-    Args:
-        rows: The table.
-        images: `(batch, height, width, channels)`, float, or uint8 if `value_range` is (0, 255).
-        op: int32 `(num_ops, batch)`, indices into `rows`.
-        argument: float32 `(num_ops, batch)`, in the units of the rows.
-        value_range: See `RandAugment`, as for the other arguments.
-        fill_value: See there.
-        interpolation: See there.
-
-    Returns:
-        The images, in the same shape, dtype and range.
-    """
-    dtype = keras.backend.standardize_dtype(images.dtype)
-    if "float" not in dtype and (dtype != "uint8" or tuple(value_range) != (0, 255)):
-        raise ValueError(
-            f"RandAugment needs float images, or uint8 with value_range=(0, 255). Received: {dtype} images with "
-            f"value_range={value_range}."
-        )
-    run = _engine(
-        keras.backend.backend(),
-        _on_cpu(),
-        tuple(rows),
-        tuple(images.shape),
-        dtype,
-        op.shape[0],
-        tuple(value_range),
-        fill_value=fill_value,
-        interpolation=interpolation,
-    )
-    return run(images, op, argument)
-
-
-@functools.lru_cache
-def _engine(backend, on_cpu, rows, shape, dtype, num_ops, value_range, **outside):
-    """`apply`, compiled by XLA wherever it is called from: its kernels are several times faster than TensorFlow's."""
-    compiled = backend == "jax" or (backend == "tensorflow" and None not in shape[1:])
-    grouped = compiled and on_cpu and shape[0] != 1
-    one_round = _single_round if shape[0] == 1 else _grouped_round if grouped else _fused_round
-    black, white = value_range
-    step = (white - black) / 255.0
-
-    def run(images, op, argument):
-        if dtype != "uint8":
-            images = image_ops.to_bytes(kops.round((kops.cast(images, "float32") - black) / step))
-        if grouped:
-            images = kops.pad(images, ((0, 1), (0, 0), (0, 0), (0, 0)))
-        # a loop, so that a round ends in memory: compilers would repeat the first for every pixel that the second reads
-        images = kops.fori_loop(
-            0, num_ops, lambda k, images: one_round(rows, images, op[k], argument[k], **outside), images
-        )
-        if grouped:
-            images = images[:-1]
-        return images if dtype == "uint8" else kops.cast(kops.cast(images, "float32") * step + black, dtype)
-
-    if backend == "jax":
-        import jax
-
-        return jax.jit(run)
-    if compiled:
-        import tensorflow as tf
-
-        batch = shape[0] if shape[0] == 1 else None  # one trace for batches of all sizes
-        per_image = [tf.TensorSpec((num_ops, batch), kind) for kind in (tf.int32, tf.float32)]
-        signature = [tf.TensorSpec((batch, *shape[1:]), dtype), *per_image]
-        return tf.function(run, jit_compile=True, autograph=False, input_signature=signature)
-    return run
-
-
-def _single_round(rows, images, op, argument, **outside):
-    """For one image: the operation that it drew, and no other."""
-
-    def branch(row):
-        def apply_row(images, argument):
-            if row.table:
-                tables = image_ops.to_bytes(row.table(images, argument))
-                return image_ops.lookup(images, kops.broadcast_to(tables, (1, images.shape[-1], 256)))
-            if row.warp:
-                matrices = row.warp(argument, *kops.shape(images)[1:3])
-                return image_ops.to_bytes(image_ops.warp(images, matrices, **outside))
-            return image_ops.to_bytes(row.pixels(kops.cast(images, "float32"), argument)) if row.pixels else images
-
-        return apply_row
-
-    return kops.switch(op[0], [branch(row) for row in rows], images, argument)
-
-
-def _fused_round(rows, images, op, argument, **outside):
-    """For accelerators: a few passes over the whole batch, with tables, maps and pixels selected per image."""
-    batch, height, width, channels = kops.shape(images)
-    result = images
-    if any(row.table for row in rows):
-        tables = kops.broadcast_to(kops.convert_to_tensor(np.arange(256, dtype="uint8")), (batch, channels, 256))
-        for i, row in enumerate(rows):
-            if row.table:
-                tables = kops.where((op == i)[:, None, None], image_ops.to_bytes(row.table(images, argument)), tables)
-        result = image_ops.lookup(result, tables)
-    if any(row.warp for row in rows):
-        matrices = _matrices(rows, op, argument, height, width)
-        result = image_ops.to_bytes(image_ops.warp(result, matrices, **outside))
-    for i, row in enumerate(rows):
-        if row.pixels:
-            pixels = image_ops.to_bytes(row.pixels(kops.cast(images, "float32"), argument))
-            result = kops.where((op == i)[:, None, None, None], pixels, result)
-    return result
-
-
-# Images in a chunk. With more, the last chunk of an operation wastes work; with fewer, the loop outweighs its body.
-_CHUNK = 4
-
-
-def _grouped_round(rows, images, op, argument, **outside):
-    """For processors: in chunks of what was drawn, so that an image pays for its own operation only.
-
-    Shapes stay static, as compilers want them: where an operation has no more images, its last chunk takes a spare one,
-    the last of `images`.
-    """
-    spare, height, width, channels = kops.shape(images)
-    spare = spare - 1
-    in_order = sorted(range(len(rows)), key=lambda i: _KINDS.index(rows[i].kind))
-    rows = [rows[i] for i in in_order]
-    place = kops.take(np.argsort(in_order).astype("int32"), op)
-    starts = kops.sum(kops.cast(place[None, :] < np.arange(len(rows) + 1, dtype="int32")[:, None], "int32"), axis=1)
-    order = kops.pad(kops.cast(kops.argsort(place), "int32"), (0, _CHUNK))
-    argument = kops.take(argument, order)
-    matrices = _matrices(rows, kops.take(place, order), argument, height, width)
-
-    def walk(stretches, branches, images, inputs, update, state):
-        """Updates the state with what its branch makes of the images of every stretch of rows, (first, last)."""
-        first, last = (kops.take(starts, np.array(bound, "int32")) for bound in zip(*stretches, strict=True))
-        chunks = (last - first + (_CHUNK - 1)) // _CHUNK
-        done = kops.cumsum(chunks)
-
-        def body(step, state):
-            stretch = kops.sum(kops.cast(step >= done, "int32"))
-            start = kops.take(first, stretch) + (step - kops.take(done - chunks, stretch)) * _CHUNK
-            # gathers, as TensorFlow would compile a slice anew for every start; before the branch, as compilers would
-            # read for every pixel anew what is not in memory when it begins
-            places = start + kops.arange(_CHUNK, dtype="int32")
-            index = kops.where(places < kops.take(last, stretch), image_ops.gather(order, places), spare)
-            chunk = image_ops.gather(state if images is None else images, index)
-            made = kops.switch(stretch, branches, chunk, *(image_ops.gather(each, places) for each in inputs))
-            return step + 1, update(state, made, start, index)
-
-        return kops.while_loop(lambda step, state: step < done[-1], body, (0, state))[1]
-
-    def make_tables(row):
-        def branch(images, argument):
-            return kops.broadcast_to(image_ops.to_bytes(row.table(images, argument)), (_CHUNK, channels, 256))
-
-        return branch
-
-    def make_pixels(row):
-        def branch(images, argument, tables, matrices):
-            return image_ops.to_bytes(row.pixels(kops.cast(images, "float32"), argument))
-
-        return branch
-
-    def look_up(images, argument, tables, matrices):
-        return image_ops.lookup(images, tables)
-
-    def warp(images, argument, tables, matrices):
-        return image_ops.to_bytes(image_ops.warp(images, matrices, **outside))
-
-    def put_tables(tables, made, start, index):
-        return kops.slice_update(tables, (start, 0, 0), made)
-
-    def put_images(images, made, start, index):
-        for k in range(_CHUNK):
-            images = kops.slice_update(images, (index[k], 0, 0, 0), made[k : k + 1])
-        return images
-
-    bounds = np.searchsorted([_KINDS.index(row.kind) for row in rows], range(len(_KINDS) + 1)).tolist()
-    tables = kops.zeros((spare + _CHUNK, channels, 256), "uint8")
-    of_table, of_pixels = range(bounds[1], bounds[2]), range(bounds[3], bounds[4])
-    if of_table:
-        branches = [make_tables(rows[i]) for i in of_table]
-        tables = walk([(i, i + 1) for i in of_table], branches, images, [argument], put_tables, tables)
-    stretches = [*itertools.pairwise(bounds[1:4]), *((i, i + 1) for i in of_pixels)]
-    branches = [look_up, warp, *(make_pixels(rows[i]) for i in of_pixels)]
-    return walk(stretches, branches, None, [argument, tables, matrices], put_images, images)
-
-
-def _matrices(rows, op, argument, height, width):
-    matrix = kops.broadcast_to(kops.convert_to_tensor([1.0, 0.0, 0.0, 0.0, 1.0, 0.0]), (kops.shape(op)[0], 6))
-    for i, row in enumerate(rows):
-        if row.warp:
-            matrix = kops.where((op == i)[:, None], row.warp(argument, height, width), matrix)
-    return matrix
-
-
-def _on_cpu() -> bool:
-    """Whether what is being traced will run on a processor."""
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        return _inside_tf_data() or not tf.config.list_logical_devices("GPU")
-    return not any(device.startswith(("gpu", "cuda", "tpu")) for device in keras.distribution.list_devices())
+        return {**super().get_config(), "padding": self.padding}
 
 
 def _rows(ops: Sequence[str | Op]) -> tuple[Op, ...]:
@@ -555,15 +359,3 @@ def _rows(ops: Sequence[str | Op]) -> tuple[Op, ...]:
 
 def _take(column: list[float], op):
     return kops.take(kops.convert_to_tensor(np.array(column, "float32")), op)
-
-
-def _inside_tf_data() -> bool:
-    """Whether a `tf.data` transformation is being traced: `dataset.map(augment)` is there in order to augment."""
-    if keras.backend.backend() != "tensorflow":
-        return False
-    import tensorflow as tf
-
-    graph = tf.compat.v1.get_default_graph()
-    while graph is not None and not getattr(graph, "name", "").startswith("Dataset_"):
-        graph = getattr(graph, "outer_graph", None)
-    return graph is not None

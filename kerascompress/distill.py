@@ -152,18 +152,8 @@ class Distiller(keras.Model):
     ):
         super().__init__(**{"autocast": False, "dtype": getattr(student, "dtype_policy", None), **kwargs})
         self._held = types.SimpleNamespace(teacher=None, runs=None)  # hides the teacher from Keras' tracking
-        if not hasattr(num_candidates, "__index__") or num_candidates < 1:
-            raise ValueError(
-                f"`num_candidates` must be a whole number of at least 1. Received: num_candidates={num_candidates}."
-            )
+        _check_numbers(num_candidates, alpha, temperature=temperature, selection_temperature=selection_temperature)
         select_candidates([[0.0]], [[0.0]], ce_weight, kl_weight)
-        for name, value in (("temperature", temperature), ("selection_temperature", selection_temperature)):
-            if not value > 0:
-                raise ValueError(f"`{name}` must be positive. Received: {name}={value}.")
-        if not 0 < alpha <= 1:
-            raise ValueError(
-                f"`alpha`, the share of the cross-entropy with the labels, must be in (0, 1]. Received: alpha={alpha}."
-            )
         if not callable(augment):
             raise TypeError(
                 f"`augment` must be a layer or function of images, such as RandAugment. Received: augment={augment!r}."
@@ -257,7 +247,7 @@ class Distiller(keras.Model):
                 "`loss_weights` has no meaning here: `alpha` of the Distiller weighs the losses. "
                 f"Received: loss_weights={kwargs['loss_weights']}."
             )
-        teacher_layers = [] if self.teacher is None else self.teacher._flatten_layers()
+        teacher_layers = [] if self.teacher is None else graph.walk(self.teacher)
         if kwargs.get("jit_compile", "auto") == "auto" and not all(layer.supports_jit for layer in teacher_layers):
             kwargs["jit_compile"] = False
         super().compile(optimizer, loss=loss, **kwargs)
@@ -268,8 +258,9 @@ class Distiller(keras.Model):
 
     def fit(self, *args, **kwargs):
         """As of `keras.Model`."""
+        self._check_teacher()
         self._update_teacher()
-        if keras.backend.backend() != "jax" or self.teacher is None:
+        if keras.backend.backend() != "jax":
             return super().fit(*args, **kwargs)
         # The train loop gives the buffers of its variables away, and after an error nobody puts them back. So it gets
         # copies of the teacher's, which the student may have been initialised from, too.
@@ -306,14 +297,16 @@ class Distiller(keras.Model):
         self._update_teacher()
         return self._draw(kops.convert_to_tensor(images), kops.convert_to_tensor(labels))
 
-    def _draw(self, images, labels):
+    def _check_teacher(self):
         if self.teacher is None:
             raise ValueError(
                 "This distiller has no teacher, as when it is loaded from a file that was saved with "
                 "save_teacher=False. Set `distiller.teacher` to the teacher, then call fit."
             )
-        if labels is None:
-            raise ValueError("The Distiller needs labels. Received: images alone. Call fit(images, labels).")
+
+    def _draw(self, images, labels):
+        self._check_teacher()
+        _check_labels(labels)
         n = self.num_candidates
         tiled = kops.tile(images, (n, *[1] * (len(images.shape) - 1)))
         views = {}
@@ -369,6 +362,7 @@ class Distiller(keras.Model):
         return {**picked, "chosen": chosen}
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        _check_labels(y)
         if not training:
             return super().compute_loss(x, y, y_pred, sample_weight, training)
         per_image = {
@@ -384,8 +378,26 @@ class Distiller(keras.Model):
         return loss + sum(self._aggregate_additional_loss(penalty) for penalty in self.losses)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        _check_labels(y)  # on JAX, this comes first
         logs = super().compute_metrics(x, y, y_pred, sample_weight)
         return logs if isinstance(x, dict) else {name: v for name, v in logs.items() if name not in self._means}
+
+    def _seeds(self):
+        """The states of the random seeds of student and augmentation, of which Keras saves none."""
+        others = {id(variable) for variable in (*self.weights, *self.metrics_variables)}
+        return [variable for variable in self.variables if id(variable) not in others]
+
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        for i, state in enumerate(self._seeds()):
+            store[f"seed{i}"] = kops.convert_to_numpy(state)
+
+    def load_own_variables(self, store):
+        saved = [name for name in store.keys() if name.startswith("seed")]  # noqa: SIM118 (it is not a dictionary)
+        if len(saved) == len(self._seeds()):  # else it was saved with another augmentation
+            for i, state in enumerate(self._seeds()):
+                state.assign(store[f"seed{i}"])
+        super().load_own_variables({name: store[name] for name in store.keys() if name not in saved})  # noqa: SIM118
 
     def _augmentations(self):
         plain = type(self.augment) is keras.Sequential  # a subclass may do more than its layers
@@ -449,6 +461,25 @@ def _cross_entropy(labels, logits):
     return -kops.sum(kops.cast(labels, "float32") * log_probabilities, axis=-1)
 
 
+def _check_numbers(num_candidates, alpha, **temperatures):
+    if not hasattr(num_candidates, "__index__") or num_candidates < 1:
+        raise ValueError(
+            f"`num_candidates` must be a whole number of at least 1. Received: num_candidates={num_candidates}."
+        )
+    for name, value in temperatures.items():
+        if not value > 0:
+            raise ValueError(f"`{name}` must be positive. Received: {name}={value}.")
+    if not 0 < alpha <= 1:
+        raise ValueError(
+            f"`alpha`, the share of the cross-entropy with the labels, must be in (0, 1]. Received: alpha={alpha}."
+        )
+
+
+def _check_labels(labels):
+    if labels is None:
+        raise ValueError("The Distiller needs labels. Received: images alone. Call fit(images, labels).")
+
+
 def _check_classifier(name, model):
     """Returns the shape of an image and the number of logits of a model that can be distilled."""
     if not isinstance(model, keras.Model):
@@ -459,7 +490,15 @@ def _check_classifier(name, model):
             f"`{name}` must be a built model with one input. Received: {model!r} with input shape {shape}. "
             "Call it once on a batch of images before."
         )
-    outputs = getattr(model, "output_shape", None) or tuple(model(keras.KerasTensor(tuple(shape))).shape)
+    output = model.outputs if isinstance(model, keras.Sequential) else getattr(model, "output", None)
+    output = model(keras.KerasTensor(tuple(shape))) if output is None else output
+    if isinstance(output, dict):
+        raise ValueError(
+            f"`{name}` must give logits alone. Received: a dictionary of {', '.join(output)}. Take them out of it, as "
+            'keras.Model(model.inputs, model.output["logits"]) does.'
+        )
+    outputs = tuple(tuple(each.shape) for each in keras.tree.flatten(output))
+    outputs = outputs[0] if len(outputs) == 1 else outputs
     if len(outputs) != 2 or not isinstance(outputs[1], int) or outputs[1] < 2:
         raise ValueError(
             f"`{name}` must give logits of shape (batch, classes), at least 2 classes. Received: outputs of {outputs}."

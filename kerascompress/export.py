@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import tarfile
 import tempfile
 import warnings
@@ -17,7 +18,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from kerascompress.pruning import prunable_weights, strip_pruning
+from kerascompress import graph
+from kerascompress.pruning import kernels_of, strip_pruning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,7 @@ class ExportReport:
         nonzeros: How many of them are not zero.
         raw_bytes: Size of the artifact's files.
         gzip_bytes: Size of the LiteRT file after gzip, or of the SavedModel folder as a .tar.gz.
-        max_error: Largest difference between the outputs of artifact and model, as a fraction of the largest output.
+        max_error: Largest difference between an output of artifact and model, as a fraction of its largest value.
     """
 
     model: str
@@ -59,7 +61,7 @@ class ExportReport:
 
 
 def export_saved_model(
-    model: keras.Model, path: str | os.PathLike, *, images: np.ndarray | None = None, overwrite: bool = False
+    model: keras.Model, path: str | os.PathLike, *, images: Any = None, overwrite: bool = False
 ) -> ExportReport:
     """Exports the network without its pruning wrappers, for inference, as a SavedModel that TensorFlow alone can run.
 
@@ -68,10 +70,14 @@ def export_saved_model(
     its Keras path, and nothing of augmentation layers. The report is written into the folder as `report.json`.
 
     Args:
-        model: A built Sequential or Functional model with one input and one output, pruned or not. It is left as it is.
+        model: A built Sequential or Functional model, pruned or not. It is left as it is. Inputs and outputs may be
+            several, in a list or a dictionary: the artifact's `serve` takes and returns what the model does. In the
+            signature `serving_default`, inputs have their names or the keys of the dictionary, a single one is
+            `images`; outputs have the keys of the dictionary or are `output_0`, `output_1`, ….
         path: Folder to make; missing parents are made too.
-        images: Batch on which the outputs are compared, `(batch, height, width, channels)`. By default four images of
-            random whole numbers from 0 to 255; give your own if the model expects another range.
+        images: Batch on which the outputs are compared, `(batch, height, width, channels)`, or what else the model
+            takes. By default four images, or the batch size of the model, of random whole numbers from 0 to 255; give
+            your own if the model expects another range.
         overwrite: Whether a SavedModel at `path` may be replaced. It is replaced only by a verified one.
 
     Returns:
@@ -79,7 +85,7 @@ def export_saved_model(
 
     Raises:
         FileExistsError: If `path` exists and `overwrite` is False, or is something else than a SavedModel.
-        ValueError: If the model is not built, is subclassed, or has several inputs or outputs.
+        ValueError: If the model is not built or is subclassed, or `images` are not what it takes.
         RuntimeError: If the outputs of the artifact differ from the model's.
 
     Example:
@@ -101,16 +107,17 @@ def export_saved_model(
     path = Path(os.path.abspath(path))
     if overwrite and os.path.lexists(path) and not (path / "saved_model.pb").is_file():
         raise FileExistsError(f"`overwrite=True` replaces SavedModels only, and {path} is none. Choose another path.")
-    small, images, expected = _check_and_strip(model, images)
+    small, batches, expected = _check_and_strip(model, images)
     with _staged(path, overwrite) as new:
-        weights = _write_saved_model(small, images, new)
-        report = _report(small, weights, new, _max_error(small, _run_saved_model(new, images), expected))
+        weights = _write_saved_model(small, batches, new)
+        outputs = _run_saved_model(new, _structured(small, batches))
+        report = _report(small, weights, new, _max_error(small, outputs, expected))
         (new / "report.json").write_text(_json(report))
     return report
 
 
 def export_litert(
-    model: keras.Model, path: str | os.PathLike, *, images: np.ndarray | None = None, overwrite: bool = False
+    model: keras.Model, path: str | os.PathLike, *, images: Any = None, overwrite: bool = False
 ) -> ExportReport:
     """Exports the network without its pruning wrappers, for inference, as a LiteRT (TensorFlow Lite) file.
 
@@ -145,13 +152,14 @@ def export_litert(
         raise FileExistsError(f"{path} is a folder. Choose another path.")
     import tensorflow as tf
 
-    small, images, expected = _check_and_strip(model, images)
+    small, batches, expected = _check_and_strip(model, images)
     with _staged(path, overwrite) as new, _staged(path.with_name(path.name + ".json"), overwrite=True) as new_report:
-        weights = _write_saved_model(small, images, new.with_name("saved_model"))
+        weights = _write_saved_model(small, batches, new.with_name("saved_model"))
         converter = tf.lite.TFLiteConverter.from_saved_model(str(new.with_name("saved_model")))
         converter.optimizations = [tf.lite.Optimize.EXPERIMENTAL_SPARSITY]
         new.write_bytes(converter.convert())
-        report = _report(small, weights, new, _max_error(small, _run_litert(new, images), expected))
+        outputs = _run_litert(new, dict(zip(_input_names(small), batches, strict=True)))
+        report = _report(small, weights, new, _max_error(small, outputs, expected))
         new_report.write_text(_json(report))
     return report
 
@@ -177,27 +185,81 @@ def _staged(path: Path, overwrite: bool) -> Iterator[Path]:
             raise
 
 
-def _check_and_strip(model, images) -> tuple[keras.Model, np.ndarray, np.ndarray]:
-    """The stripped model, a batch of images, and the outputs that the artifact must give for them."""
+def _check_and_strip(model, images) -> tuple[keras.Model, list[np.ndarray], dict[str, np.ndarray]]:
+    """The stripped model, a batch for each input, and the outputs that the artifact must give for them, by name."""
     if isinstance(model, keras.Model) and not model.built:
         raise ValueError(f"Build or call the model before exporting it. Received: {model.name!r}, which is not built.")
     small = strip_pruning(model)
-    if len(small.inputs) != 1 or len(small.outputs) != 1:
-        raise ValueError(
-            "Only a model with one input and one output can be exported. "
-            f"Received: {model.name!r} with {len(small.inputs)} inputs and {len(small.outputs)} outputs."
-        )
-    if images is None:
-        shape = [4, *(size or 32 for size in small.inputs[0].shape[1:])]
-        images = np.random.default_rng(0).integers(0, 256, shape)
-    images = np.asarray(images).astype(small.inputs[0].dtype)
-    expected = _float32(model(images, training=False))
-    if not np.isfinite(expected).all():
+    batches = _batches(small, images)
+    expected = _named(small(_structured(small, batches), training=False))
+    if not all(np.isfinite(output).all() for output in expected.values()):
         raise ValueError(
             f"The outputs of {model.name!r} are not all finite, so the artifact cannot be checked against them. If the "
             "weights are, then the model expects other inputs than pixels from 0 to 255: pass some as `images`."
         )
-    return small, images, expected
+    return small, batches, expected
+
+
+def _input_names(model) -> list[str]:
+    """The names of the inputs in the signature, in the order of `model.inputs`."""
+    sequential = isinstance(model, keras.Sequential)
+    for part in () if sequential else (model.input, model.output):
+        if any(len(path) > 1 for path, _ in keras.tree.flatten_with_path(part)):
+            raise ValueError(
+                "Inputs and outputs must be tensors, or a list or a dictionary of tensors. "
+                f"Received: {model.name!r} with {part}. Flatten it in a keras.Model around it."
+            )
+    if not sequential and isinstance(model.input, dict):
+        names = [path[0] for path, _ in keras.tree.flatten_with_path(model.input)]
+    else:
+        names = ["images"] if len(model.inputs) == 1 else [each.name for each in model.inputs]
+    wrong = [name for name in names if not re.fullmatch(r"[A-Za-z0-9.][A-Za-z0-9_.\\/>-]*", name)]
+    if wrong:
+        raise ValueError(
+            "The name of an input must be of letters, digits and _ . - /, and begin with a letter or digit, for "
+            f"TensorFlow to take it. Received: {wrong} of {model.name!r}."
+        )
+    return names
+
+
+def _structured(model, values: list):
+    """One value for each input, as the model takes them: alone, in a list or in a dictionary."""
+    if not isinstance(model, keras.Sequential) and isinstance(model.input, dict):
+        return dict(zip(_input_names(model), values, strict=True))
+    return values if len(values) > 1 else values[0]
+
+
+def _named(outputs) -> dict[str, np.ndarray]:
+    """The outputs as float32, by their names in the signature."""
+    if not isinstance(outputs, dict):
+        outputs = {f"output_{i}": output for i, output in enumerate(keras.tree.flatten(outputs))}
+    return {name: _float32(output) for name, output in outputs.items()}
+
+
+def _batches(model, images) -> list[np.ndarray]:
+    """A batch for each input of the model: what was given, or random ones."""
+    names = _input_names(model)
+    if images is None:
+        random = np.random.default_rng(0)
+        shapes = [[size or (32 if axis else 4) for axis, size in enumerate(each.shape)] for each in model.inputs]
+        given = [random.integers(0, 256, shape) for shape in shapes]
+    elif isinstance(images, dict):
+        given = [images[name] for name in names] if images.keys() == set(names) else []
+    else:
+        given = list(images) if len(names) > 1 else [images]
+    batches = [np.asarray(batch).astype(each.dtype) for batch, each in zip(given, model.inputs, strict=False)]
+    received = [batch.shape for batch in batches]
+    if len(given) != len(names) or not all(
+        len(shape) == len(each.shape)
+        and all(want in (None, size) for want, size in zip(each.shape, shape, strict=True))
+        for shape, each in zip(received, model.inputs, strict=True)
+    ):
+        wanted = ", ".join(f"{name} {tuple(each.shape)}" for name, each in zip(names, model.inputs, strict=True))
+        raise ValueError(
+            f"`images` must be what {model.name!r} takes, several in a list or a dictionary: {wanted}. "
+            f"Received: {', '.join(images) if isinstance(images, dict) else received}."
+        )
+    return batches
 
 
 class _ReadVariables(keras.StatelessScope):
@@ -212,7 +274,7 @@ class _ReadVariables(keras.StatelessScope):
         return super().get_current_value(variable)
 
 
-def _write_saved_model(model, images, folder) -> list[keras.Variable]:
+def _write_saved_model(model, batches, folder) -> list[keras.Variable]:
     """Writes the forward pass and the variables it reads, which are returned.
 
     Not `model.export`: it stores every variable twice on TensorFlow, and on JAX keeps the state of augmentation layers
@@ -221,31 +283,24 @@ def _write_saved_model(model, images, folder) -> list[keras.Variable]:
     import tensorflow as tf
 
     with _ReadVariables() as read:
-        model(images, training=False)
+        model(_structured(model, batches), training=False)
     weights = [variable for variable in model.variables if id(variable) in read.ids]
 
     def forward(values, images):
         with keras.StatelessScope(state_mapping=list(zip(weights, values, strict=True))):
             return model(images, training=False)
 
-    shape = model.inputs[0].shape
     if keras.backend.backend() == "jax":
-        from jax.experimental import jax2tf
-
-        free = ", ".join(f"size{axis}" if size is None else str(size) for axis, size in enumerate(shape))
-        forward = jax2tf.convert(
-            forward,
-            polymorphic_shapes=[None, f"({free})"],
-            with_gradient=False,
-            native_serialization_platforms=("cpu", "cuda"),  # wherever it was trained
-        )
+        forward = _in_tensorflow(forward, model)
     module = tf.Module()
     module.weights = [
         tf.Variable(keras.ops.convert_to_numpy(weight.value), trainable=False, name=weight.path) for weight in weights
     ]
+    named = zip(_input_names(model), model.inputs, strict=True)
+    specs = [tf.TensorSpec(each.shape, each.dtype, name) for name, each in named]
     module.serve = tf.function(
         lambda images: forward([weight.value() for weight in module.weights], images),
-        input_signature=[tf.TensorSpec(shape, model.inputs[0].dtype, name="images")],
+        input_signature=[_structured(model, specs)],
         autograph=False,
     )
     options = tf.saved_model.SaveOptions(experimental_debug_stripper=True)
@@ -253,31 +308,53 @@ def _write_saved_model(model, images, folder) -> list[keras.Variable]:
     return weights
 
 
-def _run_saved_model(folder, images) -> np.ndarray:
+def _in_tensorflow(forward, model):
+    """A function of weights and images in JAX as one of TensorFlow, for every size that the model leaves open."""
+    from jax.experimental import jax2tf
+
+    def free(i, shape):  # the batch is one for all inputs
+        sizes = ["batch" if axis == 0 else f"size{i}_{axis}" for axis in range(len(shape))]
+        return f"({', '.join(str(size or name) for size, name in zip(shape, sizes, strict=True))})"
+
+    return jax2tf.convert(
+        forward,
+        polymorphic_shapes=[None, _structured(model, [free(i, each.shape) for i, each in enumerate(model.inputs)])],
+        with_gradient=False,
+        native_serialization_platforms=("cpu", "cuda"),  # wherever it was trained
+    )
+
+
+def _run_saved_model(folder, images):
     import tensorflow as tf
 
     loaded = tf.saved_model.load(str(folder))  # must outlive the call: its functions do not keep its variables
-    return loaded.serve(images).numpy()
+    return keras.tree.map_structure(lambda output: output.numpy(), loaded.serve(images))
 
 
-def _run_litert(file, images) -> np.ndarray:
+def _run_litert(file, images) -> dict[str, np.ndarray]:
+    """The outputs by name, for images by name."""
     import tensorflow as tf
 
     with warnings.catch_warnings():
         # Its successor is a package of its own, needed for nothing else here.
         warnings.filterwarnings("ignore", r"\s*Warning: tf.lite.Interpreter is deprecated", UserWarning)
         interpreter = tf.lite.Interpreter(str(file))
-    return interpreter.get_signature_runner("serving_default")(images=images)["output_0"]
+    return interpreter.get_signature_runner("serving_default")(**images)
 
 
 def _float32(tensor) -> np.ndarray:
     return keras.ops.convert_to_numpy(tensor).astype("float32")
 
 
-def _max_error(model, outputs, expected) -> float:
-    """Largest difference as a fraction of the largest expected output; more than rounding is an error."""
-    error = float(np.max(np.abs(outputs.astype("float32") - expected)) / max(np.max(np.abs(expected)), 1e-30))
-    half = any(layer.compute_dtype in ("float16", "bfloat16") for layer in model._flatten_layers())
+def _max_error(model, outputs, expected: dict[str, np.ndarray]) -> float:
+    """Largest difference as a fraction of the largest expected value of an output; more than rounding is an error."""
+    outputs = _named(outputs)
+    differences = [
+        float(np.max(np.abs(outputs[name] - values)) / max(np.max(np.abs(values)), 1e-30))
+        for name, values in expected.items()
+    ]
+    error = float(np.max(differences))  # NaN, if there is one
+    half = any(layer.compute_dtype in ("float16", "bfloat16") for layer in graph.walk(model))
     tolerance = 5e-2 if half else 1e-2  # on a GPU, convolutions in float32 round to 10 bits of mantissa
     if not error <= tolerance:  # so that NaN fails
         raise RuntimeError(
@@ -289,7 +366,7 @@ def _max_error(model, outputs, expected) -> float:
 
 def _report(model, weights, artifact: Path, max_error: float) -> ExportReport:
     nonzeros = {id(weight): int(np.count_nonzero(_float32(weight.value))) for weight in weights}
-    kernels = [kernel for kernel in prunable_weights(model) if id(kernel) in nonzeros]
+    kernels = [kernel for kernel in kernels_of(model) if id(kernel) in nonzeros]
     total = sum(_size(kernel) for kernel in kernels)
     raw_bytes, gzip_bytes = _file_sizes(artifact)
     return ExportReport(

@@ -111,7 +111,8 @@ def contrast(images, percent):
 
 def posterize(images, bits):
     """The table that zeroes the `bits` lowest bits, rounded to a whole number."""
-    step = ops.left_shift(1, ops.cast(ops.round(bits), "int32"))[:, None, None]
+    bits = ops.clip(ops.round(bits), 0, 8)  # in a table that is made for all images, `bits` may be degrees
+    step = ops.left_shift(1, ops.cast(bits, "int32"))[:, None, None]
     ramp = ops.cast(_ramp(), "int32")
     return ops.cast(ramp - ops.mod(ramp, step), "float32")
 

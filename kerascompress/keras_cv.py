@@ -6,6 +6,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from kerascompress import rounds
+
 # keras-cv takes its layers from `tf.keras`. Where nobody has asked for `tf.keras` by the time that tfmot sets
 # TF_USE_LEGACY_KERAS, it becomes Keras 2 for the whole process. So: ask for it before keras-cv does.
 if tf.keras.layers.Layer is not keras.layers.Layer:
@@ -51,7 +53,7 @@ class RandAugment(keras_cv.layers.RandAugment):
 
     Raises:
         RuntimeError: On another backend than TensorFlow.
-        ValueError: If an argument is out of range, or the images have other than 3 channels.
+        ValueError: If an argument is out of range, or the images have other than 3 channels or another scale.
 
     Example:
         >>> import keras
@@ -77,29 +79,7 @@ class RandAugment(keras_cv.layers.RandAugment):
         seed: int | None = None,
         **kwargs: Any,
     ):
-        if keras.backend.backend() != "tensorflow":
-            raise RuntimeError(
-                "`kerascompress.keras_cv.RandAugment` works on the TensorFlow backend only. "
-                f"Received: the {keras.backend.backend()} backend. Use `kerascompress.RandAugment`."
-            )
-        if len(value_range) != 2 or not value_range[0] < value_range[1]:
-            raise ValueError(
-                "`value_range` must be `(black, white)` with black < white, such as (0, 255) or (0, 1). "
-                f"Received: value_range={value_range}."
-            )
-        if not isinstance(augmentations_per_image, int) or augmentations_per_image < 1:
-            raise ValueError(
-                "`augmentations_per_image` must be a whole number of at least 1. "
-                f"Received: augmentations_per_image={augmentations_per_image}."
-            )
-        if not 0 <= magnitude <= 30:
-            raise ValueError(
-                "`magnitude` must be a number in [0, 30], the paper's scale. "
-                f"Received: magnitude={magnitude}. If yours is keras-cv's, multiply it by 30."
-            )
-        for name, value in {"magnitude_stddev": magnitude_stddev, "rate": rate}.items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"`{name}` must be a number in [0, 1]. Received: {name}={value}.")
+        _check(value_range, augmentations_per_image, magnitude, magnitude_stddev=magnitude_stddev, rate=rate)
         super().__init__(
             value_range,
             augmentations_per_image,
@@ -142,6 +122,7 @@ class RandAugment(keras_cv.layers.RandAugment):
             live(translate_y, height_lower=lambda u: -u, height_upper=lambda u: u)
 
     def call(self, inputs, training=None):
+        given = inputs["images"] if isinstance(inputs, dict) else inputs
         inputs = self._ensure_inputs_are_compute_dtype(inputs)
         images = inputs["images"] if isinstance(inputs, dict) else inputs
         if images.shape[-1] not in (3, None):
@@ -151,12 +132,41 @@ class RandAugment(keras_cv.layers.RandAugment):
             )
         if training is not None and not training:
             return inputs
+        if not isinstance(given, tf.RaggedTensor):
+            batch = given if len(given.shape) == 4 else given[None]
+            rounds.on_scale(batch, self.value_range, type(self).__name__)
         if tf.executing_eagerly():
             return super().call(inputs)
         return tf.function(super().call)(inputs)  # Keras turns AutoGraph off, without which keras-cv does not trace
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "magnitude": self._initial_magnitude}
+
+
+def _check(value_range, augmentations_per_image, magnitude, **shares):
+    if keras.backend.backend() != "tensorflow":
+        raise RuntimeError(
+            "`kerascompress.keras_cv.RandAugment` works on the TensorFlow backend only. "
+            f"Received: the {keras.backend.backend()} backend. Use `kerascompress.RandAugment`."
+        )
+    if len(value_range) != 2 or not value_range[0] < value_range[1]:
+        raise ValueError(
+            "`value_range` must be `(black, white)` with black < white, such as (0, 255) or (0, 1). "
+            f"Received: value_range={value_range}."
+        )
+    if not isinstance(augmentations_per_image, int) or augmentations_per_image < 1:
+        raise ValueError(
+            "`augmentations_per_image` must be a whole number of at least 1. "
+            f"Received: augmentations_per_image={augmentations_per_image}."
+        )
+    if not 0 <= magnitude <= 30:
+        raise ValueError(
+            "`magnitude` must be a number in [0, 30], the paper's scale. "
+            f"Received: magnitude={magnitude}. If yours is keras-cv's, multiply it by 30."
+        )
+    for name, value in shares.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"`{name}` must be a number in [0, 1]. Received: {name}={value}.")
 
 
 class _Live:

@@ -13,7 +13,8 @@ from keras import ops
 from scipy import stats
 from test_image_ops import NAMES, Drawn, photographs
 
-from kerascompress.augment import OPS, MagnitudeScheduler, Op, RandAugment, RandomCrop, apply
+from kerascompress.augment import OPS, MagnitudeScheduler, Op, RandAugment, RandomCrop
+from kerascompress.rounds import apply
 
 GRADED = [row.name for row in OPS if row.argument]
 
@@ -340,7 +341,7 @@ def test_a_saved_model_goes_on_with_the_draws_where_it_was(tmp_path):
 
 
 def test_a_crop_reloads_from_its_config():
-    crop = RandomCrop(2, fill_value=0, seed=3)
+    crop = RandomCrop(2, value_range=(0, 1), fill_value=0, seed=3)
     assert RandomCrop.from_config(crop.get_config()).get_config() == crop.get_config()
 
 
@@ -361,6 +362,15 @@ def test_random_crop_shows_a_window_of_the_padded_image_per_image(dtype):
     assert stats.chisquare(np.bincount(x, minlength=9)).pvalue > 0.001
 
 
+@pytest.mark.parametrize("value_range", [(0, 255), (0, 1), (-1, 1)])
+def test_random_crop_pads_with_the_same_grey_on_every_scale(value_range):
+    images, (black, white) = batch_of(24).astype("float32"), value_range
+    expected = augmented(RandomCrop(seed=0), images)
+    assert np.any(np.all(expected == 128, axis=(2, 3)))
+    output = augmented(RandomCrop(value_range=value_range, seed=0), images / 255 * (white - black) + black)
+    np.testing.assert_allclose((output - black) / (white - black) * 255, expected, atol=1e-3)
+
+
 def test_keras_random_flip_flips_per_image_and_keeps_the_values():
     images = batch_of(60).astype("float32")
     output = augmented(keras.layers.RandomFlip("horizontal", seed=0), images)
@@ -368,6 +378,80 @@ def test_keras_random_flip_flips_per_image_and_keeps_the_values():
     same = np.all(output == images, axis=(1, 2, 3))
     assert np.all(flipped | same)
     assert 15 < flipped.sum() < 45
+
+
+# --- images on another scale ---
+
+LAYERS = {
+    "RandAugment": lambda value_range=(0, 255): RandAugment(9, 1, ops=["Solarize"], value_range=value_range),
+    "RandomCrop": lambda value_range=(0, 255): RandomCrop(1, value_range=value_range),
+}
+OTHER_SCALES = {
+    "from 0 to 1 under (0, 255)": ((0, 255), lambda images: images / 255),
+    "from -1 to 1 under (0, 255)": ((0, 255), lambda images: images / 127.5 - 1),
+    "standardised under (0, 255)": ((0, 255), lambda images: (images - 120) / 60),
+    "divided by 255 twice": ((0, 1), lambda images: images / 255 / 255),
+    "from 0 to 255 under (0, 1)": ((0, 1), lambda images: images),
+    "from -1 to 1 under (0, 1)": ((0, 1), lambda images: images / 127.5 - 1),
+    "from 0 to 255 under (-1, 1)": ((-1, 1), lambda images: images),
+}
+REFUSED = (
+    r"(?s)needs images with values in value_range=\(0, 255\). Received: values from\W+0\W+to\W+1\W+Give it the range"
+)
+
+
+def full_range(count):
+    images = batch_of(count, 4, 4).astype("float32")
+    images[:, 0, 0], images[:, 0, 1] = 0, 255
+    return images
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("scale", OTHER_SCALES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_images_on_another_scale_are_refused(layer, scale, dtype):
+    value_range, change = OTHER_SCALES[scale]
+    images = ops.cast(change(full_range(4)), dtype)
+    for one_or_many in (images, images[0]):
+        with pytest.raises(ValueError, match=rf"{layer} needs images with values in value_range=.*Received: values"):
+            LAYERS[layer](value_range)(one_or_many, training=True)
+    np.testing.assert_array_equal(LAYERS[layer](value_range)(images, training=False), images)
+
+
+@pytest.mark.parametrize("layer", [*LAYERS, "both"])
+@pytest.mark.parametrize("jit_compile", [True, False])
+def test_a_fit_on_another_scale_is_refused_and_in_a_step_compiled_by_xla_the_loss_is_nan(layer, jit_compile):
+    chain = [LAYERS[name]() for name in ("RandomCrop", "RandAugment")]  # what is NaN by the first stays NaN
+    model = mean_output(keras.Sequential(chain) if layer == "both" else LAYERS[layer]())
+    model.jit_compile = jit_compile
+    images = full_range(40) / 255
+    if jit_compile:
+        assert np.isnan(model.fit(images, np.zeros(40), batch_size=20, verbose=0).history["loss"]).all()
+        return
+    with pytest.raises(Exception, match=REFUSED):  # ValueError on JAX, InvalidArgumentError on TensorFlow
+        model.fit(images, np.zeros(40), batch_size=20, verbose=0)
+
+
+@pytest.mark.tensorflow_only
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("batched", [False, True])
+def test_in_tf_data_images_on_another_scale_are_refused(layer, batched):
+    import tensorflow as tf
+
+    dataset = tf.data.Dataset.from_tensor_slices(full_range(4) / 255)
+    dataset = (dataset.batch(4) if batched else dataset).map(LAYERS[layer]())
+    with pytest.raises(tf.errors.InvalidArgumentError, match=rf"{layer} needs images with values in value_range="):
+        next(iter(dataset))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_dark_images_and_slight_overshoots_are_not_taken_for_another_scale(layer):
+    black, ones, overshoot = np.zeros((4, 4, 4, 3)), np.ones((4, 4, 4, 3)), full_range(4) * 1.3 - 30
+    one_bright_pixel = ones * 0.5
+    one_bright_pixel[2, 1, 1] = 90
+    for images in (black, ones.astype("uint8"), overshoot, one_bright_pixel):
+        images = images if images.dtype == "uint8" else images.astype("float32")
+        assert np.all(np.isfinite(augmented(LAYERS[layer](), images)))
 
 
 # --- tf.data ---
@@ -400,6 +484,22 @@ def test_in_tf_data_it_augments_images_and_batches_with_a_live_magnitude(batched
     np.testing.assert_array_equal(next(iter(dataset)), images & 0xF0)
     layer.magnitude.assign(0.0)
     np.testing.assert_array_equal(next(iter(dataset)), images)
+
+
+@pytest.mark.tensorflow_only
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_in_tf_data_single_images_of_unknown_size_get_the_same_pixels(dtype):
+    import tensorflow as tf
+
+    images = [photographs(*size)[0].astype(dtype) for size in ((9, 12), (20, 7), (9, 12))]
+    signature = tf.TensorSpec((None, None, 3), dtype)  # what decoded JPEGs are
+    dataset = tf.data.Dataset.from_generator(lambda: iter(images), output_signature=signature)
+    of_each_kind = ["Identity", "Solarize", "TranslateX", "Color"]
+    for build in (lambda: RandAugment(14, ops=of_each_kind, seed=3), lambda: RandomCrop(2, seed=3)):
+        mapped, alone = dataset.map(build()), build()
+        assert mapped.element_spec == signature
+        for output, image in zip(mapped, images, strict=True):
+            np.testing.assert_array_equal(output, augmented(alone, image))
 
 
 @pytest.mark.tensorflow_only
@@ -476,6 +576,8 @@ def test_an_exported_saved_model_has_no_augmentation_in_it(tmp_path):
         (lambda: RandAugment(fill_value=256), r"Received: fill_value=256"),
         (lambda: RandAugment(interpolation="cubic"), r"\"nearest\" or \"bilinear\". Received: interpolation='cubic'"),
         (lambda: RandomCrop(padding=-1), r"Received: padding=-1"),
+        (lambda: RandomCrop(value_range=(1, 1)), r"black < white.*Received: value_range=\(1, 1\)"),
+        (lambda: RandomCrop(fill_value=-1), r"`fill_value` must be in \[0, 255\].*Received: fill_value=-1"),
         (lambda: Op("Twice", table=darken, pixels=darken), r"needs one function.*Received.*Twice"),
         (lambda: RandAugment()(np.zeros((2, 8, 8, 4), "float32"), training=True), r"1 or 3.*channels.*\(2, 8, 8, 4\)"),
         (lambda: RandAugment()(np.zeros((8, 8), "float32"), training=True), r"\(height, width, channels\).*\(8, 8\)"),

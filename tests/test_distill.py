@@ -394,6 +394,33 @@ def test_saved_and_loaded_it_continues_bit_for_bit(tmp_path, save_teacher):
     assert_same(arrays(loaded.optimizer.variables), arrays(model.optimizer.variables))
 
 
+def test_weights_bring_back_the_random_state_of_augmentation_and_student(tmp_path):
+    images, labels = data()
+
+    def build():
+        student = keras.Sequential([keras.Input((SIZE, SIZE, 3)), keras.layers.Flatten()])
+        student.add(keras.layers.Dropout(0.5, seed=2))  # Keras saves neither its random state nor a flip's
+        student.add(keras.layers.Dense(CLASSES, kernel_initializer="ones"))
+        chain = keras.Sequential([keras.layers.RandomFlip(seed=5), RandAugment((0, 30), 1, ops=["Solarize"], seed=6)])
+        return distiller(student=student, augment=chain, num_candidates=1, compiled=False)
+
+    def draw(model):
+        logits = model.student(images.astype("float32"), training=True)
+        return arrays([model.draw_candidates(images, labels)["images"], logits])
+
+    model = build()
+    draw(model)
+    model.save_weights(tmp_path / "d.weights.h5")
+    model.save(tmp_path / "d.keras")
+    expected, restored = draw(model), build()
+    restored.load_weights(tmp_path / "d.weights.h5")
+    loaded = keras.saving.load_model(tmp_path / "d.keras")
+    loaded.teacher = model.teacher
+    for each in (restored, loaded):
+        assert_same(draw(each), expected)
+    assert not any(np.array_equal(*pair) for pair in zip(draw(model), expected, strict=True))
+
+
 def test_checkpoints_hold_the_teacher_only_if_asked(tmp_path):
     sizes = {}
     for save_teacher in (False, True):
@@ -601,6 +628,45 @@ def test_the_mobile_networks_distil(build):
 # --- what is refused, before anything trains ---
 
 
+@pytest.mark.parametrize("metrics", [(), ("accuracy",)])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_loaded_without_its_teacher_it_says_so(tmp_path, metrics, compiled):
+    model = distiller(metrics=metrics)
+    model.optimizer.build(model.trainable_variables)
+    model.save(tmp_path / "d.keras")
+    loaded = keras.saving.load_model(tmp_path / "d.keras", compile=compiled)
+    if not compiled:
+        loaded.compile("sgd", metrics=list(metrics))
+    for call in (loaded.fit, loaded.train_on_batch, loaded.draw_candidates):
+        with pytest.raises(ValueError, match=r"has no teacher.*Set `distiller.teacher`"):
+            call(*data())
+
+
+@pytest.mark.parametrize("metrics", [(), ("accuracy",)])
+@pytest.mark.parametrize("method", ["fit", "train_on_batch", "evaluate", "test_on_batch"])
+def test_images_without_labels_are_refused(metrics, method):
+    with pytest.raises(ValueError, match=r"needs labels. Received: images alone. Call fit\(images, labels\)"):
+        getattr(distiller(metrics=metrics), method)(data()[0])
+
+
+class Named(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.inner = classifier(classes=7)
+
+    def call(self, images):
+        return {"logits": self.inner(images)}
+
+
+def named(functional):
+    if functional:
+        x = keras.Input((SIZE, SIZE, 3))
+        return keras.Model(x, {"logits": classifier(classes=7)(x)})
+    model = Named()
+    model(data()[0].astype("float32"))
+    return model
+
+
 class Subclassed(keras.Model):
     def __init__(self):
         super().__init__()
@@ -652,6 +718,9 @@ def probabilities(how):
         (lambda: distiller(teacher=probabilities(keras.layers.Activation("softmax"))), "ends in softmax"),
         (lambda: distiller(teacher=probabilities(ops.softmax)), "ends in softmax"),
         (lambda: distiller(teacher=probabilities(hidden_softmax)), "ends in softmax"),
+        (lambda: distiller(teacher=named(True)), "`teacher` must give logits alone. Received: a dictionary of logits"),
+        (lambda: distiller(student=named(True)), "`student` must give logits alone. Received: a dictionary of logits"),
+        (lambda: distiller(teacher=named(False)), "`teacher` must give logits alone. Received: a dictionary of logits"),
         (lambda: distiller(num_candidates=0), "at least 1. Received: num_candidates=0"),
         (lambda: distiller(num_candidates=2.0), "whole number.*Received: num_candidates=2.0"),
         (lambda: distiller(ce_weight=0, kl_weight=0), "one of them positive. Received: ce_weight=0, kl_weight=0"),

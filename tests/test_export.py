@@ -215,6 +215,81 @@ def test_litert_file_computes_the_same_and_shrinks_by_itself(tmp_path):
     assert everything_in(tmp_path) == before
 
 
+def several(kind):
+    """A model with several or named inputs and outputs, and the names that they have in its signature."""
+    batch = 2 if kind == "a fixed batch" else None
+    a, b = (keras.Input((size,), batch, name=name) for size, name in ((3, "left"), (5, "right")))
+    box = keras.layers.Dense(4, name="box")(b)
+    label = keras.layers.Dense(2, name="label")(keras.layers.Concatenate()([a, box]))
+    return {
+        "a fixed batch": (lambda: keras.Model(b, box), ["images"], ["output_0"]),
+        "lists": (lambda: keras.Model([a, b], [label, box]), ["left", "right"], ["output_0", "output_1"]),
+        "dictionaries": (
+            lambda: keras.Model({"right": b, "left": a}, {"class": label, "box": box}),
+            ["left", "right"],
+            ["box", "class"],
+        ),
+        "dictionaries of one": (lambda: keras.Model({"right": b}, {"where": box}), ["right"], ["where"]),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["a fixed batch", "lists", "dictionaries", "dictionaries of one"])
+@pytest.mark.parametrize("file_format", ["SavedModel", "LiteRT"])
+def test_several_inputs_and_outputs_keep_their_names_and_a_batch_size_stays(tmp_path, kind, file_format):
+    import tensorflow as tf
+
+    build, input_names, output_names = several(kind)
+    model = pruned(build(), 0.5)
+    named = {each: images(2, 3 if each == "left" else 5) for each in input_names}
+    given = named if kind.startswith("dict") else list(named.values())
+    given = given if len(given) > 1 or isinstance(given, dict) else given[0]
+    expected = keras.tree.map_structure(keras.ops.convert_to_numpy, model(given, training=False))
+    flat = keras.tree.flatten(expected)  # sorted by key, as the names above
+    if file_format == "SavedModel":
+        report = export_saved_model(model, tmp_path / "net")
+        export_saved_model(model, tmp_path / "again", images=given)
+        loaded = tf.saved_model.load(str(tmp_path / "net"))
+        found = loaded.signatures["serving_default"](**{name: tf.constant(x) for name, x in named.items()})
+        served = loaded.serve(given)
+        keras.tree.assert_same_structure(keras.tree.map_structure(np.asarray, served), expected)
+        for output, values in zip(keras.tree.flatten(served), flat, strict=True):
+            np.testing.assert_allclose(output, values, rtol=1e-4, atol=1e-3)
+    else:
+        report = export_litert(model, tmp_path / "net.tflite")
+        with pytest.warns(UserWarning, match="tf.lite.Interpreter is deprecated"):
+            interpreter = tf.lite.Interpreter(str(tmp_path / "net.tflite"))
+        found = interpreter.get_signature_runner("serving_default")(**named)
+    assert sorted(found) == output_names
+    for name, values in zip(output_names, flat, strict=True):
+        np.testing.assert_allclose(found[name], values, rtol=1e-4, atol=1e-3)
+    assert report.sparsity == pytest.approx(0.5, abs=0.05)
+
+
+def test_an_output_that_differs_is_found_among_several(tmp_path, monkeypatch):
+    def run(folder, x):
+        return {"box": np.zeros((4, 4)), "class": np.zeros((4, 2))}
+
+    monkeypatch.setattr(export, "_run_saved_model", run)
+    with pytest.raises(RuntimeError, match="outputs differ by 1 of the largest one"):
+        export_saved_model(several("dictionaries")[0](), tmp_path / "net")
+    assert not everything_in(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "received"),
+    [
+        ("a fixed batch", np.zeros((4, 5)), r"images \(2, 5\). Received: \[\(4, 5\)\]"),
+        ("lists", [np.zeros((4, 3))], r"left \(None, 3\), right \(None, 5\). Received: \[\(4, 3\)\]"),
+        ("lists", np.zeros((2, 4, 3)), r"right \(None, 5\). Received: \[\(4, 3\), \(4, 3\)\]"),
+        ("dictionaries", {"left": np.zeros((4, 3)), "write": np.zeros((4, 5))}, "Received: left, write"),
+    ],
+)
+def test_images_that_the_model_does_not_take_are_refused(tmp_path, kind, given, received):
+    with pytest.raises(ValueError, match=rf"`images` must be what .* takes.*{received}"):
+        export_saved_model(several(kind)[0](), tmp_path / "net", images=given)
+    assert not everything_in(tmp_path)
+
+
 class Subclassed(keras.Model):
     def call(self, x):
         return x
@@ -228,7 +303,8 @@ def bad_models():
     return [
         (keras.Sequential([keras.layers.Dense(2)]), "not built"),
         (subclassed, "[Ss]ubclassed"),
-        (keras.Model([first, second], keras.layers.Add()([first, second])), "with 2 inputs and 1 outputs"),
+        (keras.Model([first, [second]], keras.layers.Add()([first, second])), "must be tensors, or a list or"),
+        (keras.Model([first, keras.Input((3,), name="a b")], first), r"name of an input.*Received: \['a b'\]"),
         (nan, "not all finite.*as `images`"),
         ("resnet20", "Keras 3 model"),
     ]

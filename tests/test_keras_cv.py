@@ -188,6 +188,16 @@ def test_greyscale_images_are_referred_to_the_layer_that_takes_them(live):
         live((0, 255))(np.zeros((2, 8, 8, 1)))
 
 
+def test_images_on_another_scale_are_refused(live):
+    import tensorflow as tf
+
+    images, refused = pictures(2, high=1), r"RandAugment needs images with values in value_range=\(0, 255\)"
+    with pytest.raises(ValueError, match=refused):
+        live((0, 255))(images)
+    with pytest.raises(tf.errors.InvalidArgumentError, match=refused):
+        next(iter(tf.data.Dataset.from_tensor_slices(images).map(live((0, 255)))))
+
+
 def test_on_another_backend_it_names_the_layer_that_works(live, monkeypatch):
     monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
     with pytest.raises(RuntimeError, match=r"Received: the jax backend. Use `kerascompress.RandAugment`."):
