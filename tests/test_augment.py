@@ -13,7 +13,8 @@ from keras import ops
 from scipy import stats
 from test_image_ops import NAMES, Drawn, photographs
 
-from kerascompress.augment import OPS, MagnitudeScheduler, Op, RandAugment, RandomCrop
+from kerascompress.augment import OPS, Op, RandAugment, RandomCrop
+from kerascompress.callbacks import MagnitudeScheduler
 from kerascompress.rounds import apply
 
 GRADED = [row.name for row in OPS if row.argument]
