@@ -530,7 +530,8 @@ def test_in_tf_data_on_another_backend_the_error_says_to_put_it_into_the_model()
 def test_under_a_mirrored_strategy_it_trains_with_a_live_magnitude():
     code = """
 import keras, numpy as np, tensorflow as tf
-from kerascompress.augment import MagnitudeScheduler, RandAugment
+from kerascompress.augment import RandAugment
+from kerascompress.callbacks import MagnitudeScheduler
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
