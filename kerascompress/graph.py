@@ -204,9 +204,10 @@ def _with_parts_copied(model: keras.Model, copy_part: Callable[[Any], Any]) -> A
         if isinstance(value, keras.random.SeedGenerator):
             return type(value).from_config(value.get_config())
         if isinstance(value, keras.Variable):
-            return type(value)(
-                keras.ops.convert_to_numpy(value.value), trainable=value.trainable, dtype=value.dtype, name=value.name
-            )
+            variable = type(value)(keras.ops.convert_to_numpy(value.value), dtype=value.dtype, name=value.name)
+            for setting in ("trainable", "regularizer", "constraint"):
+                setattr(variable, setting, getattr(value, setting))
+            return variable
         if isinstance(value, PLAIN) or (isinstance(value, types.FunctionType) and not value.__closure__):
             return value
         raise CopyError(

@@ -17,6 +17,8 @@ with warnings.catch_warnings():
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The copy of .* is a plain Functional"),
     pytest.mark.filterwarnings(r"ignore:`build\(\)` was called on layer"),  # loading such a layer unwrapped
+    pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer"),  # keras-hub compiles with its own
+    pytest.mark.filterwarnings("ignore:`shuffle=True` was passed"),  # by keras-hub's own `fit`
     pytest.mark.filterwarnings("ignore:Global pruning to a sparsity of .* leaves nothing of"),
 ]
 ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
@@ -43,8 +45,8 @@ def efficientnet():
     blocks = {"kernel_sizes": 3, "num_repeats": 1, "input_filters": 8, "output_filters": 8, "expansion_ratios": 2}
     blocks |= {"squeeze_and_excite_ratios": 0.25, "strides": 2}
     return hub.EfficientNetBackbone(
-        **{f"stackwise_{name}": [value] * 2 for name, value in blocks.items()},
-        stackwise_block_types=["fused", "unfused"],
+        **{f"stackwise_{name}": [value] for name, value in blocks.items()},
+        stackwise_block_types=["unfused"],
         width_coefficient=1.0,
         depth_coefficient=1.0,
         input_shape=SIZE["image_shape"],
@@ -69,7 +71,8 @@ def classifier(family):
     return kind(FAMILIES[family](), num_classes=3, **({"pooling_hidden_dim": 8} if family == "VGG" else {}))
 
 
-@pytest.fixture(params=FAMILIES, scope="module")
+# On JAX, where compiling takes most of the time, those that are hard to copy.
+@pytest.fixture(params=FAMILIES if ON_TENSORFLOW else ("ViT", "MiT", "EfficientNet"), scope="module")
 def model(request):
     """One network a family; every test leaves it as it is."""
     model = classifier(request.param)
@@ -114,13 +117,14 @@ def test_wrappers_prune_train_save_load_strip_and_export(model, tmp_path):
     assert report.sparsity == pytest.approx(0.5, abs=0.001)
 
 
-@pytest.mark.skipif(not hasattr(kc, "PruningOptimizer"), reason="the optimizer that carries masks is not there yet")
 def test_the_optimizer_prunes_a_whole_copy_which_is_saved_loaded_and_exported(model, tmp_path):
     net = graph.copy(model)
     optimizer = kc.PruningOptimizer(keras.optimizers.AdamW(1e-3), kc.ConstantSparsity(0.5, 0), scope="global")
     assert fit(net, optimizer) == pytest.approx(0.5, abs=0.001)
     net.save(tmp_path / "net.keras")
-    loaded = keras.models.load_model(tmp_path / "net.keras")
+    loaded = keras.models.load_model(
+        tmp_path / "net.keras", compile=False
+    )  # keras-hub does not save how it was compiled
     assert type(loaded) is type(model)
     assert_weights(loaded, net.get_weights())
     assert kc.export_saved_model(net, tmp_path / "net").sparsity == pytest.approx(0.5, abs=0.001)
