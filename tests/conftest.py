@@ -43,7 +43,7 @@ def smoke_run():
 
     Everything it writes lies below `folder`.
     """
-    from experiments import common
+    from experiments.runs import read_rows
 
     def run(figure, folder, **changes):
         given = {"dataset": "digits", "smoke": True, "checkpoints": folder / "checkpoints"}
@@ -51,7 +51,7 @@ def smoke_run():
         with flagsaver.flagsaver():
             flags.FLAGS(["test", *(f"--{name}={value}" for name, value in given.items())])
             figure.main([])
-        return common.read_rows(given["results"])
+        return read_rows(given["results"])
 
     return run
 
