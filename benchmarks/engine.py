@@ -19,12 +19,12 @@ import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from experiments import training  # first: it sets the threads
-from experiments import data as datasets
-from experiments.runs import Run, on_gpu
-
 import keras
 import numpy as np
+
+from experiments import data as datasets
+from experiments import training  # first: it sets the threads
+from experiments.runs import Run, on_gpu
 
 
 def noise(dataset, data_dir=None, *, train_images=None, eval_images=None, image_size=None):
@@ -87,7 +87,9 @@ def main():
     for arm, (first, *later) in seconds.items():
         later = later or [first]
         median = statistics.median(later)
-        print(f"| {arm.__name__} | {first:.1f} | {median:.1f} ({min(later):.1f}, {max(later):.1f}) | {median / floor:.2f} |")
+        print(
+            f"| {arm.__name__} | {first:.1f} | {median:.1f} ({min(later):.1f}, {max(later):.1f}) | {median / floor:.2f} |"
+        )
 
 
 if __name__ == "__main__":

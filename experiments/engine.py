@@ -12,7 +12,6 @@ import sys
 import traceback
 from multiprocessing import connection
 
-import keras
 import tqdm
 
 from experiments import training
@@ -135,7 +134,7 @@ class _Loop(_Engine):
         return [self.finish(run, *answer)]
 
     def close(self):
-        keras.utils.clear_session()
+        pass
 
 
 class _Pool(_Engine):

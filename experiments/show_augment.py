@@ -14,8 +14,8 @@ import numpy as np
 from absl import app
 from absl import flags as absl_flags
 
-from experiments import flags  # noqa: F401 (defines --data_dir)
 from experiments import data as datasets
+from experiments import flags  # noqa: F401 (defines --data_dir)
 from experiments.runs import HERE
 from kerascompress.augment import OPS, RandAugment, apply
 

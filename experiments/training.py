@@ -196,31 +196,75 @@ def classifier(run, net, stage):
 def _prepare(run, net, schedule, moves, around, stage):
     """Returns the compiled model, a function that returns the plain network in it, and its callbacks."""
     callbacks, steps = [], steps_per_epoch(run)
-    optimizer, carried, small = make_optimizer(run, steps), net, lambda: net
+    optimizer, carried = make_optimizer(run, steps), None
     if schedule or kc.sparsity(net):
         if run.carrier == "optimizer" and HAS_OPTIMIZER:
             optimizer = kc.PruningOptimizer(optimizer, schedule, scope="global")
         else:
             keep = kc.ConstantSparsity(kc.sparsity(net), begin_step=0, end_step=0, frequency=1)
             carried = kc.prune_low_magnitude(net, pruning_schedule=schedule or keep, scope="global")
-            small = lambda: kc.strip_pruning(carried)  # noqa: E731
             callbacks = [kc.UpdatePruningStep()]
+    is_wrapped = carried is not None
+    if not is_wrapped:
+        carried = keras.models.clone_model(net)
+        carried.set_weights(net.get_weights())
     fitted, augment = around(run, carried, stage)
-    callbacks += [moves(augment)] if moves else []
     # What acts between two calls must be there at every step at which masks are due.
-    together = math.gcd(schedule.frequency, steps) if schedule and callbacks else steps
+    together = math.gcd(schedule.frequency, steps) if schedule and (callbacks or moves) else steps
     compile_classifier(fitted, optimizer, steps_per_execution=together)
     fitted.optimizer.build(fitted.trainable_variables)
-    return fitted, small, callbacks
+    alike = _alike(run, net, schedule, around, together)
+    fitted, carried, augment = _compiled_before(alike, fitted, carried, augment)
+    callbacks += [moves(augment)] if moves else []
+    return fitted, lambda: kc.strip_pruning(carried) if is_wrapped else carried, callbacks
+
+
+def _alike(run, net, schedule, around, together):
+    """Returns what decides a compiled step: all but the values of variables."""
+    values = {"figure", "arm", "sparsity", "magnitude", "seed", "strong", "teacher", "path", "evaluate_every"}
+    return (
+        *(value for name, value in run.key.items() if name not in values),
+        *((variable.path, tuple(variable.shape)) for variable in net.variables),
+        run.magnitude is None,
+        repr(schedule.get_config()) if schedule else kc.sparsity(net),
+        together,
+        around is not classifier and (run.figure, run.arm, run.teacher),
+    )
+
+
+_COMPILED = {}  # of this process, at most so many
+MOST_COMPILED = 16
+
+
+def _compiled_before(alike, fitted, *parts):
+    """Returns the model and its parts; of an earlier run, with the state of this one's, where they are alike.
+
+    Tracing and compiling take as long as 10 to 30 epochs of a small study.
+    """
+    if alike not in _COMPILED:
+        if len(_COMPILED) >= MOST_COMPILED:
+            _COMPILED.clear()
+            keras.utils.clear_session()
+        _COMPILED[alike] = fitted, *parts
+    earlier, *_ = _COMPILED[alike]
+    if earlier is not fitted:
+        assign(_state(earlier), numpy(_state(fitted)))
+    return _COMPILED[alike]
+
+
+def _state(fitted):
+    return [*fitted.variables, *fitted.optimizer.variables]
 
 
 def _fit(run, fitted, callbacks, best_from, stage):
-    data, keeper = data_of(run), _Keeper(run, fitted, best_from)
+    data, images = data_of(run), _Epochs(run, stage)
+    keeper = _Keeper(run, fitted, images, best_from)
     keeper.load()
     looks = [epoch for epoch in range(1, run.epochs + 1) if epoch % run.evaluate_every == 0 or epoch == run.epochs]
     if keeper.epochs < run.epochs:
         fitted.fit(
-            _Epochs(run, stage, keeper.epochs),
+            images,
+            shuffle=False,
             initial_epoch=keeper.epochs,
             epochs=run.epochs,
             validation_data=data.validation,
@@ -245,14 +289,15 @@ def compile_classifier(model, optimizer, **settings):
 class _Epochs(keras.utils.PyDataset):
     """The training images, in an order that the run and the epoch decide."""
 
-    def __init__(self, run, stage, epoch):
+    def __init__(self, run, stage):
         super().__init__()
-        self.run, self.stage, self.epoch = run, stage, epoch
+        self.run, self.stage = run, stage
         self.images, self.labels = data_of(run).train
-        self._shuffle()
+        self.begin(0)
 
-    def _shuffle(self):
-        seed = self.run.seed, round(100 * self.run.sparsity), self.epoch, self.stage
+    def begin(self, epoch):
+        """Called by the callback: Keras' own hooks are called more often than there are epochs."""
+        seed = self.run.seed, round(100 * self.run.sparsity), epoch, self.stage
         self.order = np.random.default_rng(seed).permutation(len(self.labels))
 
     def __len__(self):
@@ -262,18 +307,14 @@ class _Epochs(keras.utils.PyDataset):
         index = self.order[step * self.run.batch_size :][: self.run.batch_size]
         return self.images[index], self.labels[index]
 
-    def on_epoch_end(self):
-        self.epoch += 1
-        self._shuffle()
-
 
 class _Keeper(keras.callbacks.Callback):
     """Keeps the state of a training, and the best of its states, in memory and now and then in a file."""
 
-    def __init__(self, run, fitted, best_from):
+    def __init__(self, run, fitted, images, best_from):
         super().__init__()
-        self.run, self.best_from = run, best_from
-        self.fitted, self.variables = fitted, [*fitted.variables, *fitted.optimizer.variables]
+        self.run, self.images, self.best_from = run, images, best_from
+        self.fitted, self.variables = fitted, _state(fitted)
         self.looks, self.best, self.epochs, self.seconds = [], [], 0, 0.0
 
     def load(self):
@@ -285,6 +326,9 @@ class _Keeper(keras.callbacks.Callback):
             assign(self.variables, state)
             report(self.epochs, str(self.run))
         self.since = self.saved = time.monotonic()
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.images.begin(epoch)
 
     def on_epoch_end(self, epoch, logs=None):
         _ = self.model  # on JAX: brings the state back before it is read
