@@ -51,12 +51,12 @@ def carry_out(runs, outcome, *, workers, results):
                     engine.start(run)
             for run, row, error in engine.wait() if engine.running else ():
                 if error:
-                    failed[run] = error
-                    bar.write(f"{run} failed: {error.strip().splitlines()[-1]}", file=sys.stderr)
+                    failed[run] = error.strip().splitlines()[-1]
+                    bar.write(f"{run} failed: {error.strip()}", file=sys.stderr)
                 elif run in runs:
                     append_row(results, row, run)
     if failed:
-        named = "\n".join(f"- {run}: {error.strip()}" for run, error in failed.items())
+        named = "\n".join(f"- {run}: {error}" for run, error in failed.items())
         raise SystemExit(f"{len(failed)} of the runs failed; the same command tries them again.\n{named}")
 
 

@@ -107,7 +107,7 @@ def ramp(run, start=0.0):
 
 
 def prune_now(net, sparsity):
-    if HAS_OPTIMIZER:
+    if hasattr(kc, "prune_now"):
         return kc.prune_now(net, sparsity, scope="global")
     once = kc.ConstantSparsity(sparsity, begin_step=0, end_step=0, frequency=1)
     pruned = kc.prune_low_magnitude(net, pruning_schedule=once, scope="global")
