@@ -87,9 +87,8 @@ def main():
     for arm, (first, *later) in seconds.items():
         later = later or [first]
         median = statistics.median(later)
-        print(
-            f"| {arm.__name__} | {first:.1f} | {median:.1f} ({min(later):.1f}, {max(later):.1f}) | {median / floor:.2f} |"
-        )
+        spread = f"{median:.1f} ({min(later):.1f}, {max(later):.1f})"
+        print(f"| {arm.__name__} | {first:.1f} | {spread} | {median / floor:.2f} |")
 
 
 if __name__ == "__main__":

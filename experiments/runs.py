@@ -13,15 +13,7 @@ import platform
 import subprocess
 import sys
 
-import keras
-
-import kerascompress as kc
-
 HERE = pathlib.Path(__file__).parent
-
-
-def _place(default=None):
-    return dataclasses.field(default=default, compare=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,10 +45,10 @@ class Run:
     path: str | None = None  # ratios and magnitudes that led here, where they are not the paper's
 
     # Not of the key: where things are, what must be done before, and for how many epochs this run itself trains.
-    data_dir: str | None = _place()
-    checkpoints: str | None = _place()
-    after: "Run | None" = _place()
-    work: int | None = _place()
+    data_dir: str | None = dataclasses.field(default=None, compare=False)
+    checkpoints: str | None = dataclasses.field(default=None, compare=False)
+    after: "Run | None" = dataclasses.field(default=None, compare=False)
+    work: int | None = dataclasses.field(default=None, compare=False)
 
     @property
     def key(self):
@@ -153,6 +145,10 @@ def _is_json(text):
 @functools.cache
 def provenance():
     """Returns what a row says about where it comes from."""
+    import keras  # here, as rows can be read without it
+
+    import kerascompress as kc
+
     versions = {
         "python": platform.python_version(),
         "kerascompress": kc.__version__,
@@ -168,6 +164,8 @@ def provenance():
 
 
 def on_gpu():
+    import keras
+
     return keras.distribution.list_devices()[0].startswith("gpu")
 
 
@@ -175,6 +173,8 @@ def device():
     """Returns the name of the device that runs train on."""
     if not on_gpu():
         return f"CPU, {os.cpu_count()} cores"
+    import keras
+
     if keras.backend.backend() == "jax":
         import jax
 

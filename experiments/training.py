@@ -177,7 +177,11 @@ def trained(run, net, *, schedule=None, moves=None, around=None, best_from=0, st
             net.set_weights(weights)
             return result
         fitted, small, callbacks = _prepare(run, net, schedule, moves, around or classifier, stage)
-        result = _fit(run, fitted, callbacks, best_from, stage)
+        try:
+            result = _fit(run, fitted, callbacks, best_from, stage)
+        except BaseException:
+            _COMPILED.clear()  # on JAX, an epoch that breaks off leaves variables without values
+            raise
         net.set_weights(small().get_weights())
         save_arrays(done, result, weights=net.get_weights())
         (run.folder / STATE).unlink(missing_ok=True)

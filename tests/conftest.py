@@ -1,5 +1,6 @@
 """What every test shares: the skips by marker, and one seed."""
 
+import experiments  # noqa: F401, I001 (first: it sets the threads, and with them the last bits of every sum)
 import keras
 import pytest
 from absl import flags
