@@ -161,8 +161,8 @@ class Study:
         self.seeds = [0] if FLAGS.smoke and FLAGS["seeds"].using_default_value else [int(seed) for seed in FLAGS.seeds]
         name = f"{figure}_{FLAGS.dataset}{'_smoke' if FLAGS.smoke else ''}.jsonl"
         self.results = pathlib.Path(FLAGS.results or HERE / "results" / name)
-        self.out = pathlib.Path(FLAGS.out or self.results.with_suffix(".png"))  # where the figure goes
         check_writable(self.results)
+        self.out = pathlib.Path(FLAGS.out or self.results.with_suffix(".png"))  # where the figure goes
 
     @property
     def epochs(self):

@@ -6,6 +6,7 @@ Nothing here reads a flag; what is done depends on the run. Checkpoints are read
 import dataclasses
 import functools
 import json
+import logging
 import math
 import os
 import re
@@ -19,6 +20,8 @@ from experiments import data as datasets
 from experiments.runs import locked, on_gpu
 
 HAS_OPTIMIZER = hasattr(kc, "PruningOptimizer")
+logging.getLogger("tensorflow").setLevel("ERROR")  # it warns of every run that traces functions of its own
+
 SAVE_EVERY = 30.0  # seconds from one state on the disk to the next
 
 
