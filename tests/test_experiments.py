@@ -127,10 +127,19 @@ def test_run_killed_in_a_pruning_stage_goes_on_to_the_same_result_bit_for_bit(sm
     assert weights_are_equal(tmp_path, folder)
 
 
-@pytest.mark.parametrize("workers", ["2", "ray"])
-def test_a_pool_and_a_ray_cluster_give_the_rows_of_a_loop(smoke, tmp_path, monkeypatch, workers):
-    if workers == "ray":
+@pytest.fixture(params=["1", "2", "ray"])
+def workers(request, monkeypatch):
+    """Who carries runs out."""
+    if request.param == "ray":
         pytest.importorskip("ray", reason="needs Ray: pip install 'kerascompress[ray]'")
+        monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # it warns of a change to come
+        path = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))  # Ray's processes import what pytest has imported
+    return request.param
+
+
+@pytest.mark.parametrize("workers", ["2", "ray"], indirect=True)
+def test_a_pool_and_a_ray_cluster_give_the_rows_of_a_loop(smoke, tmp_path, monkeypatch, workers):
     for name, value in OPTIMIZE.items():
         monkeypatch.setenv(name, value)
     folder, expected = smoke
@@ -154,10 +163,7 @@ def raises_dies_or_returns(run):
     return {"test_last": 0.5}
 
 
-@pytest.mark.parametrize("workers", ["1", "2", "ray"])
 def test_a_run_that_raises_or_is_killed_costs_what_needs_it_and_no_other(tmp_path, workers):
-    if workers == "ray":
-        pytest.importorskip("ray", reason="needs Ray: pip install 'kerascompress[ray]'")
     bad = ["raises"] if workers == "1" else ["raises", "dies"]
     first = {arm: run_of(tmp_path, arm) for arm in [*bad, "fine"]}
     then = [run_of(tmp_path, f"after {arm}", after=run) for arm, run in first.items()]
