@@ -62,8 +62,11 @@ LAYOUTS = {
 }
 
 
-def load(dataset, data_dir=None, *, train_images=None, eval_images=None):
-    """Returns the `Data` of one data set; `train_images` and `eval_images` keep a stratified part of them."""
+def load(dataset, data_dir=None, *, train_images=None, eval_images=None, image_size=None):
+    """Returns the `Data` of one data set; `train_images` and `eval_images` keep a stratified part of them.
+
+    `image_size` is the side to which images are reduced, by the mean of square blocks of pixels.
+    """
     if dataset not in DATASETS:
         raise ValueError(f"`dataset` must be one of {', '.join(DATASETS)}. Received: dataset={dataset!r}.")
     if dataset == "digits":
@@ -79,6 +82,8 @@ def load(dataset, data_dir=None, *, train_images=None, eval_images=None):
             "mean": layout.mean,
             "std": layout.std,
         }
+    if image_size is not None:
+        train, test = ((reduce(images, image_size), labels) for images, labels in (train, test))
     order = stratified_order(train[1])
     held_out = round(VALIDATION * len(order))
     available = len(order) - held_out
@@ -93,6 +98,18 @@ def load(dataset, data_dir=None, *, train_images=None, eval_images=None):
         test=_take(test, stratified_order(test[1])[:eval_images] if eval_images else slice(None)),
         **facts,
     )
+
+
+def reduce(images, side):
+    """Returns square images with that side, each pixel the mean of a block of pixels, rounded."""
+    n, height, _, channels = images.shape
+    if side < 1 or height % side:
+        allowed = ", ".join(str(size) for size in range(1, height + 1) if height % size == 0)
+        raise ValueError(
+            f"`image_size` must divide the side of the data set's images: {allowed}. Received: image_size={side}."
+        )
+    blocks = images.reshape(n, side, height // side, side, height // side, channels)
+    return np.rint(blocks.mean(axis=(2, 4), dtype="float32")).astype("uint8")
 
 
 def stratified_order(labels, seed=0):

@@ -9,20 +9,22 @@ import pathlib
 import cycler
 import matplotlib.figure
 import numpy as np
-from absl import app, flags
+from absl import app
+from absl import flags as absl_flags
 
-from experiments import common
+import kerascompress as kc
+from experiments import flags, runs
 
-FLAGS = flags.FLAGS
-flags.adopt_module_key_flags(common)
-flags.DEFINE_enum(
+FLAGS = absl_flags.FLAGS
+absl_flags.adopt_module_key_flags(flags)
+absl_flags.DEFINE_enum(
     "accuracy",
     "test_last",
     ["test_last", "test_best", "validation_last", "validation_best"],
     "Accuracy to show: of the last epoch, or of the epoch that is best on the validation images.",
 )
 SETTING = ("dataset", "model", "train_images", "epochs", "batch_size", "learning_rate", "smoke", "augmenter")
-SETTING += ("strong", "teacher")
+SETTING += ("strong", "teacher", "image_size", "schedule", "carrier", "evaluate_every")
 OURS = ("decayed", "inherit", "teacher filter")  # the paper's own arms stand out
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the marker says it again.
 COLOURS = ["#999999", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#000000"]
@@ -34,16 +36,18 @@ def settings(rows):
     """Returns `{setting: rows}`: only rows of one setting can be compared."""
     grouped = collections.defaultdict(list)
     for row in rows:
-        grouped[tuple((common.BEFORE | row)[name] for name in SETTING)].append(row)
+        grouped[tuple((runs.BEFORE | row)[name] for name in SETTING)].append(row)
     return grouped
 
 
 def title(rows):
     row = rows[0]
-    of = ", keras-cv's RandAugment" if row.get("augmenter") == "keras_cv" else ""
+    of = "" if row.get("image_size") is None else f" of {row['image_size']}x{row['image_size']}"
+    stages = f", {row['epochs']} epochs a stage" + (" along one cosine" if row.get("schedule") == "cosine" else "")
+    of += f"{stages}, keras-cv's RandAugment" if row.get("augmenter") == "keras_cv" else stages
     of += "" if row.get("strong") is None else f", strong is M = {row['strong']:g}"
     of += "" if row.get("teacher") is None else f"\nteacher: {row['teacher']}"
-    return f"{row['model']}, {row['dataset']}, {row['images']['train']:,} images, {row['epochs']} epochs a stage{of}"
+    return f"{row['model']}, {row['dataset']}, {row['images']['train']:,} images{of}"
 
 
 def statistics(rows, accuracy):
@@ -108,8 +112,25 @@ def columns(axes, arms):
     axes.margins(x=0.2)
 
 
-FIGURES = {"fig3": lines, "fig4": lines, "fig6": columns, "fig7": columns}
-flags.DEFINE_enum("figure", "fig3", list(FIGURES), "Figure to draw from the rows in --results.")
+def curves(axes, arms):
+    """Draws accuracy over the magnitude, a line a ratio, and what `kc.search_magnitude` finds in it."""
+    places = {arm: -2 if arm == "none" else float(arm.removeprefix("M=")) for arm in arms}
+    for p in sorted({p for cells in arms.values() for p in cells}):
+        cells = {arm: cells[p] for arm, cells in arms.items() if p in cells}
+        points(axes, f"p = {p:g}", [places[arm] for arm in cells], cells.values())
+        mean = {None if arm == "none" else places[arm]: cell[0] for arm, cell in cells.items()}
+        if None in mean and len(mean) > 1:
+            found = kc.search_magnitude(mean.get, [m for m in mean if m is not None], verbose=0)
+            print(f"p = {p:g}: optimal magnitude {found.optimal}, maximal {found.maximal}")
+            for magnitude, marker in ((found.optimal, "*"), (found.maximal, "|")):
+                if magnitude is not None:
+                    axes.plot(magnitude, mean[magnitude], marker, markersize=16, color=axes.lines[-1].get_color())
+    axes.set_xticks(list(places.values()), [arm.removeprefix("M=") for arm in places])
+    axes.set_xlabel("magnitude M (star: optimal, bar: maximal)")
+
+
+FIGURES = {"fig1": curves, "fig3": lines, "fig4": lines, "fig6": columns, "fig7": columns}
+absl_flags.DEFINE_enum("figure", "fig3", list(FIGURES), "Figure to draw from the rows in --results.")
 
 
 def draw(figure, rows, accuracy):
@@ -151,7 +172,7 @@ def show(figure, rows, out):
 def main(_):
     if FLAGS.results is None:
         raise app.UsageError("Name the file of rows with --results.")
-    rows = [row for row in common.read_rows(FLAGS.results) if row["figure"] == FLAGS.figure]
+    rows = [row for row in runs.read_rows(FLAGS.results) if row["figure"] == FLAGS.figure]
     if not rows:
         raise app.UsageError(f"--results={FLAGS.results} holds no row of {FLAGS.figure}.")
     show(FLAGS.figure, rows, pathlib.Path(FLAGS.out or pathlib.Path(FLAGS.results).with_suffix(".png")))

@@ -11,16 +11,18 @@ import pathlib
 import keras
 import matplotlib.figure
 import numpy as np
-from absl import app, flags
+from absl import app
+from absl import flags as absl_flags
 
-from experiments import common
 from experiments import data as datasets
+from experiments import flags  # noqa: F401 (defines --data_dir)
+from experiments.runs import HERE
 from kerascompress.augment import OPS, RandAugment, apply
 
-FLAGS = flags.FLAGS
-flags.DEFINE_string("folder", str(common.HERE / "results"), "Folder for the two pictures.")
-flags.DEFINE_integer("draws_seed", 0, "Seed of the random draws.")
-flags.declare_key_flag("data_dir")
+FLAGS = absl_flags.FLAGS
+absl_flags.DEFINE_string("folder", str(HERE / "results"), "Folder for the two pictures.")
+absl_flags.DEFINE_integer("draws_seed", 0, "Seed of the random draws.")
+absl_flags.declare_key_flag("data_dir")
 
 SIGNED_MAGNITUDES = (-30, -22, -14, -8, -4, 0, 4, 8, 14, 22, 30)  # the sign that a signed operation draws
 DRAWN_MAGNITUDES = (0, 4, 14, 30)

@@ -1,5 +1,6 @@
 """What every test shares: the skips by marker, and one seed."""
 
+import experiments  # noqa: F401, I001 (first: it sets the threads, and with them the last bits of every sum)
 import keras
 import pytest
 from absl import flags
@@ -43,7 +44,7 @@ def smoke_run():
 
     Everything it writes lies below `folder`.
     """
-    from experiments import common
+    from experiments.runs import read_rows
 
     def run(figure, folder, **changes):
         given = {"dataset": "digits", "smoke": True, "checkpoints": folder / "checkpoints"}
@@ -51,7 +52,7 @@ def smoke_run():
         with flagsaver.flagsaver():
             flags.FLAGS(["test", *(f"--{name}={value}" for name, value in given.items())])
             figure.main([])
-        return common.read_rows(given["results"])
+        return read_rows(given["results"])
 
     return run
 

@@ -74,6 +74,21 @@ def test_validation_split_is_stratified_and_the_same_at_every_number_of_training
     assert {image.tobytes() for image in part.train[0]} <= {image.tobytes() for image in whole.train[0]}
 
 
+def test_reduced_pixel_is_the_rounded_mean_of_its_block():
+    image = np.array([[0, 4, 10, 11], [0, 5, 10, 11], [255, 255, 1, 0], [255, 255, 0, 0]], "uint8")[None, ..., None]
+    reduced = data.reduce(image, 2)
+    assert reduced.dtype == np.uint8
+    assert reduced[0, ..., 0].tolist() == [[2, 10], [255, 0]]  # of 2.25, 10.5 (to even), 255 and 0.25
+    np.testing.assert_array_equal(data.reduce(image, 4), image)
+    whole, small = data.load("digits"), data.load("digits", image_size=4)
+    assert small.input_shape == (4, 4, 1)
+    np.testing.assert_array_equal(small.test[1], whole.test[1])
+    np.testing.assert_array_equal(small.test[0][7], data.reduce(whole.test[0][7:8], 4)[0])
+    for side in (3, 16):
+        with pytest.raises(ValueError, match=f"1, 2, 4, 8. Received: image_size={side}"):
+            data.load("digits", image_size=side)
+
+
 def test_every_prefix_of_a_stratified_order_is_in_proportion():
     labels = np.array([0] * 60 + [1] * 30 + [2] * 10)
     order = data.stratified_order(labels)

@@ -5,17 +5,20 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
-import types
 
+import keras
 import numpy as np
 import pytest
-from absl import flags
+from absl import flags as absl_flags
 from absl.testing import flagsaver
 
-from experiments import common, plot
+import kerascompress as kc
+from experiments import engine, plot, runs, training
+from experiments import fig1_magnitude_search as fig1
 from experiments import fig3_magnitude_decay as fig3
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -26,6 +29,35 @@ def smoke(tmp_path_factory, smoke_run):
     """Folder and rows of a first call with --smoke."""
     folder = tmp_path_factory.mktemp("smoke")
     return folder, smoke_run(fig3, folder)
+
+
+def without_time(rows):
+    return [row | {"seconds": 0} for row in rows]
+
+
+def weights_are_equal(folder, other):
+    """Whether each network below the one folder is the same, bit for bit, below the other."""
+    paths = [path.relative_to(folder) for path in folder.glob("checkpoints/*/done.npz")]
+    for path in paths:
+        for array, expected in zip(
+            *(training.load_arrays(each / path, "weights")[1] for each in (folder, other)), strict=True
+        ):
+            np.testing.assert_array_equal(array, expected)
+    return bool(paths)
+
+
+def run_of(folder, arm="none", **changes):
+    """A run of the smallest kind, by itself."""
+    settings = {"figure": "fig1", "dataset": "digits", "model": "resnet8w4", "sparsity": 0.0, "magnitude": None}
+    settings |= {"seed": 0, "epochs": 2, "batch_size": 32, "learning_rate": 0.1, "train_images": 64, "smoke": True}
+    return runs.Run(**settings | {"arm": arm, "checkpoints": str(folder), "work": 2} | changes)
+
+
+def one_layer(run, seed=None):
+    """A network that compiles in no time, in place of `training.build_model`."""
+    kernel = keras.initializers.RandomNormal(seed=run.seed if seed is None else seed)
+    layers = [keras.layers.Flatten(), keras.layers.Dense(10, kernel_initializer=kernel, name="logits")]
+    return keras.Sequential([keras.Input(training.data_of(run).input_shape), *layers], name="one_layer")
 
 
 def test_smoke_leaves_rows_and_figure(smoke):
@@ -43,7 +75,7 @@ def test_smoke_leaves_rows_and_figure(smoke):
         assert row["best_epoch"] == 2 or row["sparsity"] == 0  # epochs before the ratio is reached do not count
         assert row["validation_best"] >= row["validation_last"]
         assert row["seconds"] > 0
-        assert row["versions"]["backend"] == common.keras.backend.backend()
+        assert row["versions"]["backend"] == keras.backend.backend()
     assert (folder / "rows.png").read_bytes().startswith(b"\x89PNG")
     assert not list(folder.glob("checkpoints/*/state.npz"))  # a finished run keeps its network, not its optimizer
 
@@ -51,7 +83,7 @@ def test_smoke_leaves_rows_and_figure(smoke):
 def test_second_call_has_nothing_to_do_and_prints_the_table(smoke, monkeypatch, capsys, smoke_run):
     folder, rows = smoke
     before = (folder / "rows.jsonl").read_bytes()
-    monkeypatch.setattr(common, "train", None)
+    monkeypatch.setattr(training, "trained", None)
     assert smoke_run(fig3, folder) == rows
     assert (folder / "rows.jsonl").read_bytes() == before
     assert "| decayed |" in capsys.readouterr().out
@@ -60,43 +92,162 @@ def test_second_call_has_nothing_to_do_and_prints_the_table(smoke, monkeypatch, 
 KILLED = """
 import os
 from absl import app
-from experiments import common, fig3_magnitude_decay as fig3
+from experiments import fig3_magnitude_decay as fig3, training
 
-fig3.SMOKE["arms"] = ("decayed",)
-save, saved = common.save_arrays, []
+save, saved = training.save_arrays, []
 
 def save_once(path, meta, **groups):
     if saved:
         os._exit(9)
     saved.append(save(path, meta, **groups))
 
-common.save_arrays = save_once
+training.save_arrays, training.SAVE_EVERY = save_once, 0
 app.run(fig3.main)
 """
+OPTIMIZE = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as conftest.py has it: other machine code rounds otherwise
 
 
 def test_run_killed_in_a_pruning_stage_goes_on_to_the_same_result_bit_for_bit(smoke, tmp_path, monkeypatch, smoke_run):
     folder, expected_rows = smoke
-    for dense in folder.glob("checkpoints/*arm=M=14*"):
-        shutil.copytree(dense, tmp_path / "checkpoints" / dense.name)
+    for stage in folder.glob("checkpoints/*"):
+        if "arm=decayed,p=0.6" not in stage.name:
+            shutil.copytree(stage, tmp_path / "checkpoints" / stage.name)
     command = [sys.executable, "-c", KILLED, "--dataset=digits", "--smoke"]
     command += [f"--results={tmp_path}/rows.jsonl", f"--checkpoints={tmp_path}/checkpoints"]
-    optimize = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as conftest.py has it: other machine code rounds otherwise
-    assert subprocess.run(command, cwd=ROOT, env=os.environ | optimize, capture_output=True).returncode == 9
+    assert subprocess.run(command, cwd=ROOT, env=os.environ | OPTIMIZE, capture_output=True).returncode == 9
     assert len(list(tmp_path.glob("checkpoints/*/state.npz"))) == 1
 
-    epochs, fit = [], common.keras.Sequential.fit
-    monkeypatch.setattr(common.keras.Sequential, "fit", lambda *args, **kwargs: epochs.append(fit(*args, **kwargs)))
-    monkeypatch.setitem(fig3.SMOKE, "arms", ("decayed",))
+    first, fit = [], keras.Sequential.fit
+    monkeypatch.setattr(
+        keras.Sequential, "fit", lambda *args, **kw: first.append(kw["initial_epoch"]) or fit(*args, **kw)
+    )
     rows = smoke_run(fig3, tmp_path)
-    assert len(epochs) == 1  # the second of two
-    for row, expected in zip(rows, expected_rows[-2:], strict=True):
-        assert row | {"seconds": 0} == expected | {"seconds": 0}
-    for path in tmp_path.glob("checkpoints/*/done.npz"):
-        _, weights = common.load_arrays(path, "weights")
-        _, expected = common.load_arrays(folder / path.relative_to(tmp_path), "weights")
-        for array, expected_array in zip(weights, expected, strict=True):
-            np.testing.assert_array_equal(array, expected_array)
+    assert first == [1]  # the second of two
+    assert without_time(rows) == without_time(expected_rows)
+    assert weights_are_equal(tmp_path, folder)
+
+
+@pytest.fixture(params=["1", "2", "ray"])
+def workers(request, monkeypatch):
+    """Who carries runs out."""
+    if request.param == "ray":
+        pytest.importorskip("ray", reason="needs Ray: pip install 'kerascompress[ray]'")
+        monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # it warns of a change to come
+        path = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))  # Ray's processes import what pytest has imported
+    return request.param
+
+
+@pytest.mark.parametrize("workers", ["2", "ray"], indirect=True)
+def test_a_pool_and_a_ray_cluster_give_the_rows_of_a_loop(smoke, tmp_path, monkeypatch, workers):
+    for name, value in OPTIMIZE.items():
+        monkeypatch.setenv(name, value)
+    folder, expected = smoke
+    dense = [row for row in expected if row["sparsity"] == 0]
+    names = {field.name for field in dataclasses.fields(runs.Run)}
+    wanted = [
+        runs.Run(**{k: v for k, v in row.items() if k in names}, checkpoints=str(tmp_path / "checkpoints"), work=2)
+        for row in dense
+    ]
+    engine.carry_out(wanted, fig3.outcome, workers=workers, results=tmp_path / "rows.jsonl")
+    rows = runs.read_rows(tmp_path / "rows.jsonl")
+    assert sorted(map(str, without_time(rows))) == sorted(map(str, without_time(dense)))
+    assert weights_are_equal(tmp_path, folder)
+
+
+def raises_dies_or_returns(run):
+    if run.arm == "raises":
+        raise ValueError("no such luck")
+    if run.arm == "dies":
+        os.kill(os.getpid(), 9)
+    return {"test_last": 0.5}
+
+
+def test_a_run_that_raises_or_is_killed_costs_what_needs_it_and_no_other(tmp_path, workers):
+    bad = ["raises"] if workers == "1" else ["raises", "dies"]
+    first = {arm: run_of(tmp_path, arm) for arm in [*bad, "fine"]}
+    then = [run_of(tmp_path, f"after {arm}", after=run) for arm, run in first.items()]
+    shared = [run_of(tmp_path, f"on a stage, {i}", after=run_of(tmp_path, "stage")) for i in range(2)]
+    with pytest.raises(SystemExit) as error:
+        engine.carry_out(
+            [*first.values(), *then, *shared],
+            raises_dies_or_returns,
+            workers=workers,
+            results=tmp_path / "rows.jsonl",
+        )
+    named = [re.match("- (.*) p=0 seed 0: ", line)[1] for line in str(error.value.code).splitlines()[1:]]
+    assert sorted(named) == sorted([*bad, *(f"after {arm}" for arm in bad)])
+    assert "raises p=0 seed 0: ValueError: no such luck" in str(error.value.code)
+    assert "after raises p=0 seed 0: needs raises p=0 seed 0, which failed" in str(error.value.code)
+    if workers == "2":
+        assert "dies p=0 seed 0: its process ended with signal 9 (SIGKILL)" in str(error.value.code)
+    rows = runs.read_rows(tmp_path / "rows.jsonl")
+    assert sorted(row["arm"] for row in rows) == ["after fine", "fine", "on a stage, 0", "on a stage, 1"]
+
+
+def test_stages_come_once_and_before_what_needs_them(tmp_path):
+    stage, done = run_of(tmp_path, "stage"), run_of(tmp_path, "done")
+    done.folder.mkdir(parents=True)
+    (done.folder / training.DONE).touch()
+    wanted = [run_of(tmp_path, f"{i}", after=after) for i, after in enumerate([stage, done, stage])]
+    assert [run.arm for run in engine._stages_first(wanted)] == ["stage", "0", "1", "2"]
+
+
+def test_each_process_of_a_pool_has_a_gpu_or_its_share_of_one():
+    assert engine._environment(1, 2, []) == {}
+    alone = engine._environment(1, 2, ["0", "3"])
+    assert (alone["CUDA_VISIBLE_DEVICES"], alone["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == ("3", "0.90")
+    assert alone["TF_FORCE_GPU_ALLOW_GROWTH"] == "true"
+    shared = engine._environment(2, 4, ["0", "3"])
+    assert (shared["CUDA_VISIBLE_DEVICES"], shared["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == ("0", "0.45")
+
+
+def test_ray_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"--workers=ray needs Ray.*kerascompress\[ray\]"):
+        engine.carry_out([run_of(tmp_path)], fig1.outcome, workers="ray", results=tmp_path / "rows.jsonl")
+
+
+def test_one_folder_is_written_by_one_process_at_a_time(tmp_path, monkeypatch):
+    import fcntl
+
+    def fit(run, *_):
+        with open(run.folder / "lock") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return {"test_last": 0.5}
+
+    run = run_of(tmp_path)
+    monkeypatch.setattr(training, "_fit", fit)
+    net = one_layer(run)
+    assert training.trained(run, net) == {"test_last": 0.5}
+    monkeypatch.setattr(training, "_fit", None)
+    other = one_layer(run, seed=1)
+    assert training.trained(run, other) == {"test_last": 0.5}  # what is done is handed on
+    np.testing.assert_array_equal(other.get_weights()[0], net.get_weights()[0])
+
+
+def test_what_is_compiled_serves_the_next_run_and_changes_nothing(tmp_path):
+    def weights(folder, **changes):
+        run = run_of(folder, magnitude=9, **changes)
+        net = one_layer(run)
+        training.trained(run, net)
+        return np.concatenate([w.ravel() for w in net.get_weights()])
+
+    training._COMPILED.clear()
+    first = weights(tmp_path / "a")
+    assert not np.array_equal(first, weights(tmp_path / "a", seed=1))
+    np.testing.assert_array_equal(weights(tmp_path / "b"), first)
+    assert len(training._COMPILED) == 1
+    weights(tmp_path / "a", learning_rate=0.2)
+    assert len(training._COMPILED) == 2
+
+
+def test_the_best_epoch_is_one_that_was_looked_at_and_the_last_one_always_is(tmp_path, monkeypatch):
+    looks = []
+    monkeypatch.setattr(training._Keeper, "result", lambda keeper, data: looks.extend(keeper.looks) or {})
+    run = run_of(tmp_path, epochs=5, evaluate_every=2)
+    training.trained(run, one_layer(run))
+    assert [epoch for epoch, _ in looks] == [2, 4, 5]
 
 
 @pytest.mark.parametrize(
@@ -109,35 +260,68 @@ def test_run_killed_in_a_pruning_stage_goes_on_to_the_same_result_bit_for_bit(sm
         ({"model": "mobilenet_v2w"}, "`model` must be resnet<depth>"),
         ({"train_images": 2}, "between 10 and 1213"),
         ({"batch_size": 65}, "`batch_size` must be at most 64"),
+        ({"image_size": 3}, "`image_size` must divide the side of the data set's images: 1, 2, 4, 8"),
+        ({"sparsities": "0.2,0.6"}, "--sparsities must rise from 0"),
+        ({"decayed": "14,none"}, "none cannot be weakened to"),
+        ({"magnitudes": "31"}, "--magnitudes must be some magnitude(s) in [0, 30]"),
+        ({"strong": 14}, "--strong is no flag of fig3"),
     ],
 )
 def test_impossible_settings_are_errors_before_any_training(tmp_path, monkeypatch, changes, message, smoke_run):
-    monkeypatch.setattr(common, "train", None)
+    monkeypatch.setattr(training, "trained", None)
     monkeypatch.chdir(ROOT)
     with pytest.raises((ValueError, OSError)) as error:
         smoke_run(fig3, tmp_path, **changes)
     assert message in str(error.value)
 
 
-def test_unknown_data_set_is_refused_by_its_flag():
-    with flagsaver.flagsaver(), pytest.raises(flags.IllegalFlagValueError, match=r"<digits\|cifar10\|cifar100>"):
-        flags.FLAGS(["test", "--dataset=mnist"])
+@pytest.mark.parametrize(
+    ("flag", "allowed"), [("dataset=mnist", r"<digits\|cifar10\|cifar100>"), ("workers=0", "auto")]
+)
+def test_unknown_value_is_refused_by_its_flag(flag, allowed):
+    with flagsaver.flagsaver(), pytest.raises(absl_flags.IllegalFlagValueError, match=allowed):
+        absl_flags.FLAGS(["test", f"--{flag}"])
+
+
+APPENDS = """
+import sys
+from experiments.runs import append_row
+
+for seed in range(150):
+    append_row(sys.argv[1], {"who": sys.argv[2], "seed": seed})
+"""
+
+
+def test_two_processes_that_append_150_rows_each_leave_300(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"cut sho')  # so that the first one truncates
+    both = [subprocess.Popen([sys.executable, "-c", APPENDS, path, who], cwd=ROOT) for who in "ab"]
+    assert [process.wait() for process in both] == [0, 0]
+    rows = runs.read_rows(path)
+    assert [[row["seed"] for row in rows if row["who"] == who] for who in "ab"] == [list(range(150))] * 2
+
+
+def test_a_run_that_another_process_has_done_leaves_no_second_row(tmp_path):
+    run, path = run_of(tmp_path), tmp_path / "rows.jsonl"
+    first = runs.append_row(path, run.key | {"test_last": 0.5}, run)
+    assert runs.append_row(path, run.key | {"test_last": 0.5, "seconds": 9}, run) == first
+    assert runs.read_rows(path) == [first]
 
 
 @pytest.mark.parametrize("tail", ['{"figure": "fig3", "seed', "{", "nul"])
 def test_last_line_cut_short_is_named_left_out_and_replaced_by_the_next_row(tmp_path, capsys, tail):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"seed": 0}\n' + tail)
-    assert common.read_rows(path) == [{"seed": 0}]
+    assert runs.read_rows(path) == [{"seed": 0}]
     assert f"{path}: the last line was cut short" in capsys.readouterr().err
-    common.append_row(path, {"seed": 1})
+    runs.append_row(path, {"seed": 1})
     assert path.read_text() == '{"seed": 0}\n{"seed": 1}\n'
 
 
 def test_whole_last_line_without_its_newline_is_kept(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"seed": 0}')
-    common.append_row(path, {"seed": 1})
+    runs.append_row(path, {"seed": 1})
     assert path.read_text() == '{"seed": 0}\n{"seed": 1}\n'
 
 
@@ -145,18 +329,18 @@ def test_damaged_line_in_the_middle_is_an_error_that_names_it(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"seed": 0}\n{"se\n{"seed": 2}\n')
     with pytest.raises(ValueError, match="line 2 is not a row"):
-        common.read_rows(path)
+        runs.read_rows(path)
 
 
 def test_damaged_checkpoint_is_an_error_that_names_it(tmp_path):
     path = tmp_path / "state.npz"
     path.write_bytes(b"half a file")
     with pytest.raises(ValueError, match=r"state.npz does not load.*Delete it"):
-        common.load_arrays(path, "state")
+        training.load_arrays(path, "state")
 
 
 def test_learning_rate_is_a_cosine_with_steps_at_epochs_90_and_180_of_200():
-    rate = [common.learning_rate(epoch, 200, 0.1) for epoch in range(200)]
+    rate = [training.learning_rate(epoch, 200, 0.1) for epoch in range(200)]
     assert rate[0] == 0.1
     assert rate[50] == pytest.approx(5e-6 + (0.1 - 5e-6) * (1 + 0.5**0.5) / 2)
     assert rate[89] / rate[90] > 9.9
@@ -165,10 +349,31 @@ def test_learning_rate_is_a_cosine_with_steps_at_epochs_90_and_180_of_200():
     assert all(later < earlier for earlier, later in itertools.pairwise(rate))
 
 
-def test_arms_are_one_network_while_their_magnitudes_are_the_same():
-    assert fig3.alike("decayed", 0.0) == "M=14"
-    assert fig3.alike("decayed", 0.2) == "decayed"
-    assert all(fig3.alike(arm, 0.6) == arm for arm in fig3.ARMS)
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("paper", [training.learning_rate(epoch, 200, 0.1) for epoch in (0, 0, 90, 199, 199)]),
+        ("cosine", [0.1, 0.1, 0.1 * (1 + np.cos(np.pi * 0.45)) / 2, 0.0, 0.0]),
+    ],
+)
+def test_optimizer_follows_the_schedule_of_the_run(tmp_path, schedule, expected):
+    run = run_of(tmp_path, schedule=schedule, epochs=200, learning_rate=0.1)
+    optimizer = training.make_optimizer(run, steps=7)
+    optimizer.build([])
+    rates = []
+    for step in (0, 6, 7 * 90, 7 * 200 - 1, 7 * 200):
+        optimizer.iterations.assign(step)
+        rates.append(float(keras.ops.convert_to_numpy(optimizer.learning_rate)))
+    np.testing.assert_allclose(rates, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("frequency", "together"), [(3, 1), (6, 2), (40, 8)])
+def test_what_acts_between_calls_is_called_at_every_step_at_which_masks_are_due(tmp_path, frequency, together):
+    run = run_of(tmp_path, sparsity=0.5, batch_size=8)  # 8 steps an epoch
+    schedule = kc.PolynomialDecay(0.0, 0.5, 0, 400, frequency=frequency)
+    fitted, _, (update,) = training._prepare(run, one_layer(run), schedule, None, training.classifier, 0)
+    assert isinstance(update, kc.UpdatePruningStep)
+    assert fitted.steps_per_execution == together
 
 
 def rows_of(arm, accuracies, sparsity=0.0):
@@ -186,41 +391,68 @@ def test_table_gives_mean_sample_deviation_and_n_and_marks_the_best_of_a_column(
     ]
 
 
-def test_plot_needs_rows_and_nothing_else(tmp_path):
-    rows = [row | {"figure": "fig3"} for row in rows_of("none", [0.5, 0.6]) + rows_of("decayed", [0.6])]
+@pytest.mark.parametrize("figure", ["fig1", "fig3"])
+def test_plot_needs_rows_and_nothing_else(tmp_path, capsys, figure):
+    rows = rows_of("none", [0.5, 0.6]) + rows_of("M=4", [0.6, 0.7]) + rows_of("M=14", [0.5, 0.61])
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row | {"figure": figure}) + "\n" for row in rows))
     with flagsaver.flagsaver():
-        flags.FLAGS(["test", f"--results={path}", f"--out={tmp_path}/figures/fig3.png"])
+        absl_flags.FLAGS(["test", f"--figure={figure}", f"--results={path}", f"--out={tmp_path}/figures/{figure}.png"])
         plot.main([])
-    assert (tmp_path / "figures" / "fig3.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "figures" / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+    found = "p = 0: optimal magnitude 4, maximal 14" in capsys.readouterr().out
+    assert found == (figure == "fig1")  # Equation 3
 
 
-def test_every_flag_of_the_script_and_of_all_scripts_is_explained():
-    shown = {flag.name: flag.help for flag in flags.FLAGS.get_key_flags_for_module(fig3)}
-    assert {"dataset", "data_dir", "epochs", "seeds", "results", "checkpoints", "smoke", "export"} <= shown.keys()
+@pytest.mark.parametrize("figure", [fig1, fig3])
+def test_every_flag_of_the_script_and_of_all_scripts_is_explained(figure):
+    shown = {flag.name: flag.help for flag in absl_flags.FLAGS.get_key_flags_for_module(figure)}
+    assert {"dataset", "data_dir", "epochs", "seeds", "results", "checkpoints", "smoke", "workers"} <= shown.keys()
     assert all(len(explanation) > 20 for explanation in shown.values())
+    assert ("export" in shown) == (figure is fig3)
 
 
-def test_rows_and_folders_from_before_a_field_of_the_key_came_in_still_count(tmp_path):
-    names = [field.name for field in dataclasses.fields(common.Run)]
-    old = {name: 0 for name in names if name not in common.BEFORE}
-    ours = common.Run(**old, **common.BEFORE)
-    theirs = dataclasses.replace(ours, augmenter="keras_cv")
-    strong = dataclasses.replace(ours, strong=14)
-    study = types.SimpleNamespace(rows=[old], checkpoints=tmp_path)
-    assert common.Study.row(study, ours) == old
-    assert common.Study.row(study, theirs) is None
-    assert common.Study.row(study, strong) is None
-    assert common.Study.folder(study, ours).name == ",".join(f"{name}=0" for name in old)
-    assert common.Study.folder(study, theirs).name.endswith(",augmenter=keras_cv")
-    assert common.Study.folder(study, strong).name.endswith(",strong=14")
-    settings = plot.settings([old, *(dataclasses.asdict(run) for run in (ours, theirs, strong))])
+def test_rows_from_before_a_field_of_the_key_came_in_still_count(tmp_path):
+    names = [field.name for field in dataclasses.fields(runs.Run) if field.compare]
+    old = {name: 0 for name in names if name not in runs.BEFORE}
+    old |= {"figure": "fig3", "arm": "none", "dataset": "digits", "model": "resnet8"}
+    ours = runs.Run(**old, checkpoints=tmp_path)
+    others = [dataclasses.replace(ours, **change) for change in ({"augmenter": "keras_cv"}, {"strong": 14})]
+    assert runs.find([old], ours) == old
+    assert [runs.find([old], run) for run in others] == [None, None]
+    assert runs.find([old], dataclasses.replace(ours, data_dir="/elsewhere", work=5)) == old  # a place is no setting
+    assert len({run.folder for run in (ours, *others)}) == 3
+    assert dataclasses.replace(ours, strong=14.0).folder == others[1].folder
+    settings = plot.settings([old, ours.key, *(run.key for run in others)])
     assert [len(rows) for rows in settings.values()] == [2, 1, 1]
 
 
-def test_draws_of_figure_3_are_those_of_its_published_rows():
-    run = types.SimpleNamespace(seed=0, sparsity=0.6)
-    assert common.layer_seeds(run, 3) == [532367487, 3568231550, 2504398261]
-    assert common.layer_seeds(run, 3, stage=1) == [842528948, 464623095, 1365712456]
-    assert np.random.default_rng((0, 60, 5)).integers(1000) == np.random.default_rng((0, 60, 5, 0)).integers(1000)
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments" / "results").glob("*.jsonl")), ids=lambda path: path.stem)
+def test_published_rows_are_known_as_the_runs_that_they_are(path):
+    names = {field.name for field in dataclasses.fields(runs.Run)}
+    rows = runs.read_rows(path)
+    for row in rows:
+        run = runs.Run(**{name: value for name, value in row.items() if name in names})
+        assert runs.find(rows, run) == row
+
+
+def test_arms_are_one_network_while_their_magnitudes_are_the_same(tmp_path):
+    with flagsaver.flagsaver():
+        absl_flags.FLAGS(["test", "--dataset=digits", f"--results={tmp_path}/rows.jsonl", "--seeds=0"])
+        planned = fig3.plan(fig3.flags.Study("fig3", takes=("sparsities",), carrier="wrapper"))
+    runs_of = {(run.arm, run.sparsity): run for run in planned}
+    assert len(planned) == len(runs_of) == 24
+    assert runs_of["decayed", 0.0].after == runs_of["M=14", 0.0]  # at the same ratio: it is that network
+    assert runs_of["decayed", 0.2].after == runs_of["M=14", 0.0]
+    assert runs_of["decayed", 0.4].after == runs_of["decayed", 0.2]
+    assert sum(run.work > 0 for run in planned) == 23
+    assert {run.path for run in planned} == {None}  # the paper's
+
+
+def test_draws_of_figure_3_are_those_of_its_published_rows(tmp_path):
+    run = run_of(tmp_path, sparsity=0.6)
+    assert training.layer_seeds(run, 3) == [532367487, 3568231550, 2504398261]
+    assert training.layer_seeds(run, 3, stage=1) == [842528948, 464623095, 1365712456]
+    images = training._Epochs(run, 0)
+    images.begin(5)
+    np.testing.assert_array_equal(images.order, np.random.default_rng((0, 60, 5)).permutation(64))

@@ -12,9 +12,9 @@ import pytest
 from absl import flags
 
 import kerascompress as kc
-from experiments import common, plot
 from experiments import fig4_inherit_pruning as fig4
 from experiments import fig6_inherit_layers as fig6
+from experiments import plot, training
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -24,32 +24,30 @@ def trained(monkeypatch):
     """In place of training: `{stage: trainable parameters}` of what would have been trained, in this order."""
     stages = {}
 
-    def train(run, layers, data, folder, **_):
+    def fit(run, net, *_):
         assert run.arm not in stages
-        stages[run.arm] = common.sizes(layers[-1])["parameters"]
-        folder.mkdir(parents=True)
-        (folder / common.STATE).touch()
-        return dict.fromkeys(["validation_last", "validation_best", "best_epoch", "test_best", "test_last"], 0.5) | {
-            "seconds": 1.0
-        }
+        stages[run.arm] = training.sizes(net)["parameters"]
+        result = dict.fromkeys(["validation_last", "validation_best", "best_epoch", "test_best", "test_last"], 0.5)
+        return result | {"seconds": 1.0, "images": {"train": 64}}
 
-    monkeypatch.setattr(common, "train", train)
+    monkeypatch.setattr(training, "_prepare", lambda run, net, *_: (net, lambda: net, []))
+    monkeypatch.setattr(training, "_fit", fit)
     return stages
 
 
-def one_layer(study, seed):
-    """A network that compiles in no time, in place of `Study.build_model`."""
-    kernel = keras.initializers.RandomNormal(seed=seed)
+def one_layer(run, seed=None):
+    """A network that compiles in no time, in place of `training.build_model`."""
+    kernel = keras.initializers.RandomNormal(seed=run.seed if seed is None else seed)
     layers = [
         keras.layers.Flatten(),
         keras.layers.BatchNormalization(),
         keras.layers.Dense(10, kernel_initializer=kernel),
     ]
-    return keras.Sequential([keras.Input(study.data.input_shape), *layers])
+    return keras.Sequential([keras.Input(training.data_of(run).input_shape), *layers])
 
 
 def test_figure_4_trains_each_stage_once_for_all_arms_and_ratios(tmp_path, trained, monkeypatch, smoke_run):
-    monkeypatch.setattr(common.Study, "build_model", one_layer)
+    monkeypatch.setattr(training, "build_model", one_layer)
     monkeypatch.setitem(fig4.SMOKE, "arms", tuple(fig4.ARMS))
     rows = smoke_run(fig4, tmp_path, sparsities="0.4,0.8")
     dense = ["M=14x2", "M=nonex2", "M=8x2", "M=1x2"]
@@ -109,8 +107,8 @@ def test_pruning_takes_the_smallest_weights_at_once_and_scratch_keeps_the_zeros_
         net.set_weights([np.array(kernel, "float32"), np.array([0.0, 0.5], "float32")])
         return net
 
-    pruned = fig4.prune(dense([[1, -4], [3, -2]]), 0.5)
-    kernel, _ = kc.strip_pruning(pruned).get_weights()
+    pruned = training.prune_now(dense([[1, -4], [3, -2]]), 0.5)
+    kernel, _ = pruned.get_weights()
     np.testing.assert_array_equal(kernel, [[0, -4], [3, 0]])
     kernel, bias = fig4.forget(pruned, dense([[5, 6], [7, 8]])).get_weights()
     np.testing.assert_array_equal(kernel, [[0, 6], [7, 0]])
@@ -119,7 +117,7 @@ def test_pruning_takes_the_smallest_weights_at_once_and_scratch_keeps_the_zeros_
 
 def only_retrained(monkeypatch):
     monkeypatch.setitem(fig4.SMOKE, "arms", ("baseline-a, equal epochs",))
-    monkeypatch.setattr(common.Study, "build_model", one_layer)
+    monkeypatch.setattr(training, "build_model", one_layer)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +132,7 @@ def retrained(tmp_path_factory, smoke_run):
 def weights_of(folder, stages):
     """The kernels that a stage left, flat, in the network's order."""
     (path,) = folder.glob(f"checkpoints/*,arm={stages},*/done.npz")
-    _, weights = common.load_arrays(path, "weights")
+    _, weights = training.load_arrays(path, "weights")
     return np.concatenate([w.ravel() for w in weights if w.ndim > 1 and w.dtype == "float32"])
 
 
@@ -155,18 +153,18 @@ KILLED = """
 import os
 import pytest
 from absl import app
-from experiments import common, fig4_inherit_pruning as fig4
+from experiments import fig4_inherit_pruning as fig4, training
 from tests import test_inherit_experiments
 
 test_inherit_experiments.only_retrained(pytest.MonkeyPatch())
-save, saved = common.save_arrays, []
+save, saved = training.save_arrays, []
 
 def save_once(path, meta, **groups):
     if saved:
         os._exit(9)
     saved.append(save(path, meta, **groups))
 
-common.save_arrays = save_once
+training.save_arrays, training.SAVE_EVERY = save_once, 0
 app.run(fig4.main)
 """
 
@@ -184,11 +182,13 @@ def test_run_killed_in_its_last_stage_goes_on_to_the_same_result_bit_for_bit(
     assert subprocess.run(command, cwd=ROOT, env=os.environ | optimize, capture_output=True).returncode == 9
     assert len(list(tmp_path.glob("checkpoints/*M=8x2*/state.npz"))) == 1
 
-    epochs, fit = [], keras.Sequential.fit
-    monkeypatch.setattr(keras.Sequential, "fit", lambda *args, **kwargs: epochs.append(fit(*args, **kwargs)))
+    first, fit = [], keras.Sequential.fit
+    monkeypatch.setattr(
+        keras.Sequential, "fit", lambda *args, **kw: first.append(kw["initial_epoch"]) or fit(*args, **kw)
+    )
     only_retrained(monkeypatch)
     rows = smoke_run(fig4, tmp_path, epochs=4)
-    assert len(epochs) == 1  # the second of two
+    assert first == [1]  # the second of two
     assert [row | {"seconds": 0} for row in rows] == [row | {"seconds": 0} for row in expected]
     last = "M=nonex4+prune=0.4+M=14x2+M=8x2"
     np.testing.assert_array_equal(weights_of(tmp_path, last), weights_of(folder, last))
@@ -203,6 +203,7 @@ def test_run_killed_in_its_last_stage_goes_on_to_the_same_result_bit_for_bit(
         (fig4, {"weak": "low"}, "--weak must be 1 magnitude(s) in [0, 30]"),
         (fig4, {"sparsities": "0.5"}, "--weak must be 1 magnitude(s) in [0, 30]"),  # the paper has none for it
         (fig4, {"sparsities": "0.4,40"}, "must be fractions"),
+        (fig4, {"decayed": "4"}, "--decayed is no flag of fig4"),
         (fig6, {"model": "resnet14"}, "`model` must be one of resnet8, resnet20, mobilenet_v2, shufflenet_v2"),
     ],
 )
@@ -224,7 +225,7 @@ def test_impossible_settings_are_errors_before_any_training(tmp_path, trained, f
     ],
 )
 def test_name_of_a_network_gives_its_builder_and_width(name, function, width):
-    build = common.check_model(name)
+    build = training.find_builder(name)
     assert (build.func, build.keywords) == (function, {"width": width})
 
 

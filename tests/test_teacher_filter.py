@@ -3,10 +3,13 @@
 import keras
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
-from experiments import common
 from experiments import fig7_teacher_filter as fig7
+from experiments import training
 
+TEACHER = "resnet8w8x2 M=14 seed=10000"
 SECONDS = {"seconds": 0, "seconds_per_epoch": 0}
 
 
@@ -14,25 +17,23 @@ SECONDS = {"seconds": 0, "seconds_per_epoch": 0}
 def smoke(tmp_path_factory, smoke_run):
     """Folder and rows of a first call with --smoke that was killed within its second distillation, and called again."""
     folder = tmp_path_factory.mktemp("smoke")
-    save, saved = common.save_arrays, []
+    save = training.save_arrays
 
     def save_and_die(path, meta, **groups):
         save(path, meta, **groups)
-        saved.append(path.parent.name)
-        if sum("arm=teacher filter" in name for name in saved) == 1:
+        if "arm=teacher filter" in path.parent.name:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(common, "save_arrays", save_and_die)
+        monkeypatch.setattr(training, "save_arrays", save_and_die)
+        monkeypatch.setattr(training, "SAVE_EVERY", 0)
         with pytest.raises(KeyboardInterrupt):
             smoke_run(fig7, folder)
     keras.utils.clear_session()
     with pytest.MonkeyPatch.context() as monkeypatch:
         trained = []
-        train = common.train
-        monkeypatch.setattr(
-            common, "train", lambda run, *args, **kwargs: trained.append(run.arm) or train(run, *args, **kwargs)
-        )
+        fit = training._fit
+        monkeypatch.setattr(training, "_fit", lambda run, *args: trained.append(run.arm) or fit(run, *args))
         rows = smoke_run(fig7, folder)
         assert trained == ["teacher filter"]  # neither the teacher nor the finished run again
     return folder, rows
@@ -41,8 +42,8 @@ def smoke(tmp_path_factory, smoke_run):
 def test_smoke_leaves_rows_and_two_pictures(smoke):
     folder, rows = smoke
     assert [(row["arm"], row["teacher"], row["magnitude"]) for row in rows] == [
-        ("random", "resnet8w8x2", None),
-        ("teacher filter", "resnet8w8x2", None),
+        ("random", TEACHER, None),
+        ("teacher filter", TEACHER, None),
     ]
     assert [row["teacher_passes_per_epoch"] for row in rows] == [64, 4 * 64]
     assert rows[0]["first_kept"] == 1
@@ -58,8 +59,8 @@ def test_a_killed_distillation_goes_on_to_the_same_result_bit_for_bit(smoke, tmp
     (row,) = smoke_run(fig7, tmp_path)
     assert row | SECONDS == rows[1] | SECONDS
     (done,) = tmp_path.glob("checkpoints/*teacher filter*/done.npz")
-    _, weights = common.load_arrays(done, "weights")
-    _, expected = common.load_arrays(folder / done.relative_to(tmp_path), "weights")
+    _, weights = training.load_arrays(done, "weights")
+    _, expected = training.load_arrays(folder / done.relative_to(tmp_path), "weights")
     for array, expected_array in zip(weights, expected, strict=True):
         np.testing.assert_array_equal(array, expected_array)
 
@@ -67,7 +68,7 @@ def test_a_killed_distillation_goes_on_to_the_same_result_bit_for_bit(smoke, tmp
 def test_second_call_has_nothing_to_do_and_says_what_selecting_costs(smoke, monkeypatch, capsys, smoke_run):
     folder, rows = smoke
     before = (folder / "rows.jsonl").read_bytes()
-    monkeypatch.setattr(common, "train", None)
+    monkeypatch.setattr(training, "_fit", None)
     assert smoke_run(fig7, folder) == rows
     assert (folder / "rows.jsonl").read_bytes() == before
     printed = capsys.readouterr().out
@@ -87,17 +88,55 @@ def test_what_tuning_costs_is_all_runs_with_a_fixed_magnitude(capsys):
     assert "the best of M=4, M=9 on the validation images, is M=9; tuning: 100 s." in printed
 
 
-def test_a_teacher_from_a_file_is_known_by_its_content(tmp_path):
-    nets = [
-        keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Flatten(), keras.layers.Dense(10)]) for _ in range(2)
+def plan(folder, **given):
+    with flagsaver.flagsaver():
+        given = {"dataset": "digits", "results": folder / "rows.jsonl", "checkpoints": folder, "smoke": True} | given
+        flags.FLAGS(["test", *(f"--{name}={value}" for name, value in given.items())])
+        return fig7.plan(fig7.flags.Study("fig7", takes=("teacher", "teacher_epochs", "teacher_magnitude")))
+
+
+def test_teacher_and_student_of_one_architecture_and_any_seed_begin_with_other_kernels_and_see_other_orders(tmp_path):
+    *_, run = plan(tmp_path, teacher="resnet8w4", seeds=0)
+    teacher, student = run.after, run
+    assert teacher.model == student.model
+    nets = [training.build_model(each) for each in (teacher, student)]
+    for ours, theirs in zip(*(net.trainable_variables for net in nets), strict=True):
+        if len(ours.shape) > 1:
+            assert ours.path == theirs.path
+            assert not np.any(keras.ops.convert_to_numpy(ours) == keras.ops.convert_to_numpy(theirs))
+    assert not set(training.layer_seeds(teacher, 3)) & set(training.layer_seeds(student, 3))
+    assert not np.array_equal(training._Epochs(teacher, 0).order, training._Epochs(student, 0).order)
+
+
+def test_a_teacher_is_known_by_what_it_was_trained_as(tmp_path):
+    (usual, *_), (longer, *_), (weaker, *_) = (
+        plan(tmp_path, **given) for given in ({}, {"teacher_epochs": 3}, {"teacher_magnitude": 4})
+    )
+    assert [run.teacher for run in (usual, longer, weaker)] == [
+        "resnet8w8x2 M=14 seed=10000",
+        "resnet8w8x3 M=14 seed=10000",
+        "resnet8w8x2 M=4 seed=10000",
     ]
-    for i, net in enumerate(nets):
+    assert (longer.after.epochs, longer.after.work, longer.epochs) == (3, 3, 2)
+
+
+def test_a_teacher_from_a_file_is_known_by_its_content(tmp_path):
+    path = tmp_path / "net.keras"
+    net = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Flatten(), keras.layers.Dense(10)])
+    keys = []
+    for i in range(2):
         net.layers[-1].bias.assign(np.full(10, i, "float32"))
-        net.save(tmp_path / f"net{i}.keras")
-    teacher, key = fig7.load_teacher(tmp_path / "net1.keras")
+        net.save(path)
+        run, *_ = plan(tmp_path, teacher=path)
+        assert run.after is None
+        assert run.teacher.startswith(f"{path} ")
+        keys.append(run)
+    assert keys[0].teacher != keys[1].teacher
+    teacher, accuracy = fig7.load_teacher(keys[1])
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(teacher.layers[-1].bias), np.ones(10))
-    assert key.startswith("net1 ")
-    assert key[5:] != fig7.load_teacher(tmp_path / "net0.keras")[1][5:]
+    assert 0 <= accuracy <= 1
+    with pytest.raises(ValueError, match="has changed since the run was planned"):
+        fig7.load_teacher(keys[0])
 
 
 @pytest.mark.parametrize(
@@ -109,6 +148,6 @@ def test_a_teacher_from_a_file_is_known_by_its_content(tmp_path):
     ],
 )
 def test_impossible_settings_are_errors_before_any_training(tmp_path, monkeypatch, changes, message, smoke_run):
-    monkeypatch.setattr(common, "train", None)
+    monkeypatch.setattr(training, "_fit", None)
     with pytest.raises((ValueError, OSError), match=message):
         smoke_run(fig7, tmp_path, **changes)

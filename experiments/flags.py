@@ -1,0 +1,207 @@
+"""The flags that the scripts share, and the recipes that they change."""
+
+import pathlib
+import re
+
+from absl import flags, logging
+
+from experiments import data as datasets
+from experiments import engine, training
+from experiments.runs import HERE, Run, check_writable, find, read_rows
+
+RECIPES = {  # stages of 200 epochs, batch 128, SGD at 0.1: the paper authors' script
+    "digits": {"model": "resnet8", "epochs": 10, "batch_size": 64, "learning_rate": 0.1},
+    "cifar10": {"model": "resnet20", "epochs": 200, "batch_size": 128, "learning_rate": 0.1},
+    "cifar100": {"model": "resnet20", "epochs": 200, "batch_size": 128, "learning_rate": 0.1},
+}
+SMOKE = {"model": "resnet8w4", "epochs": 2, "batch_size": 32, "train_images": 64}
+SOME = ("sparsities", "magnitudes", "decayed", "strong", "weak", "teacher", "teacher_epochs", "teacher_magnitude")
+
+FLAGS = flags.FLAGS
+flags.DEFINE_enum("dataset", "cifar100", datasets.DATASETS, "Images to learn; `digits` come with scikit-learn.")
+flags.DEFINE_string(
+    "data_dir",
+    None,
+    "Folder that holds cifar-10-batches-py/ or cifar-100-python/, the official python archives, unpacked. By default "
+    "they are downloaded through keras.datasets.",
+)
+flags.DEFINE_integer(
+    "image_size",
+    None,
+    "Side to which images are reduced, by the mean of square blocks of pixels; it must divide the data set's. "
+    "Default: the data set's, 32 or 8.",
+    lower_bound=1,
+)
+flags.DEFINE_string(
+    "model",
+    None,
+    "Network: resnet<depth>, mobilenet_v2 or shufflenet_v2, with w<width> at the end for another width, such as "
+    "resnet8w8 (8 filters, not 16) or mobilenet_v2w0.25 (a quarter of the channels). Default: the data set's.",
+)
+flags.DEFINE_integer(
+    "epochs", None, "Epochs of each stage. Default: 200 as in the paper, 10 for digits.", lower_bound=1
+)
+flags.DEFINE_integer(
+    "batch_size", None, "Images of one update. Default: 128 as in the paper, 64 for digits.", lower_bound=1
+)
+flags.DEFINE_float("learning_rate", None, "Where each stage begins. Default: 0.1 as in the paper.", lower_bound=0)
+flags.DEFINE_enum(
+    "schedule",
+    "paper",
+    ["paper", "cosine"],
+    "The learning rate of a stage: the paper's, a cosine that is divided by 10 at 45 % and at 90 % of the epochs; or "
+    "one cosine to 0.",
+)
+flags.DEFINE_integer("train_images", None, "Train on so many images only, each class in proportion. Default: all.")
+flags.DEFINE_integer(
+    "evaluate_every",
+    1,
+    "Epochs from one look at the validation images to the next; the best epoch is one of those looked at. The last "
+    "always is.",
+    lower_bound=1,
+)
+flags.DEFINE_enum(
+    "carrier",
+    None,
+    ["optimizer", "wrapper"],
+    "What carries the masks of a pruned network: kerascompress.PruningOptimizer, or the wrapper PruneLowMagnitude with "
+    "its callback. Default: the figure's.",
+)
+flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds, separated by commas; every arm is run once with each.")
+flags.register_validator("seeds", lambda seeds: all(s.isdecimal() for s in seeds), "must be integers, such as 0,1,2")
+flags.DEFINE_string(
+    "results",
+    None,
+    "File to which every finished run appends one JSON line; runs that are in it already are skipped. "
+    "Default: experiments/results/<figure>_<dataset>.jsonl.",
+)
+flags.DEFINE_string(
+    "checkpoints",
+    None,
+    "Folder in which runs keep their state, so that a killed one continues. Default: experiments/checkpoints/.",
+)
+flags.DEFINE_string(
+    "workers",
+    "1",
+    "Who carries the runs out: 1, a loop in this process; a number of processes, each with a core or a GPU of its own; "
+    "auto, as many as there are GPUs, or cores; ray, or ray://<address>, a Ray cluster.",
+)
+flags.register_validator("workers", engine.is_workers, "must be a number of at least 1, auto, ray or ray://<address>")
+flags.DEFINE_enum(
+    "augmenter",
+    "kerascompress",
+    ["kerascompress", "keras_cv"],
+    "Whose RandAugment: kerascompress.RandAugment, or keras-cv's, for colour images on the TensorFlow backend.",
+)
+flags.DEFINE_string("out", None, "File for the figure (PNG). Default: the file of rows, ending in .png.")
+flags.DEFINE_boolean(
+    "smoke",
+    False,
+    "Everything tiny, to see that it works: a net of 5 thousand weights, 64 images, 2 epochs, one seed, fewer arms.",
+)
+# Some figures take these.
+flags.DEFINE_list("sparsities", None, "Figures 1, 3 and 4: pruning ratios, separated by commas. Default: the paper's.")
+flags.register_validator(
+    "sparsities",
+    lambda ratios: all(re.fullmatch(r"0|0?\.\d+", ratio) for ratio in ratios or []),
+    "must be fractions, such as 0.4,0.8",
+)
+flags.DEFINE_list(
+    "magnitudes",
+    None,
+    "Figures 1 and 3: magnitudes held constant, or none, separated by commas. Default: the figure's.",
+)
+flags.DEFINE_list(
+    "decayed", None, "Figure 3: the magnitudes of the decayed arm, one for each pruning ratio. Default: the paper's."
+)
+flags.DEFINE_float(
+    "strong",
+    None,
+    "Figures 4 and 6: magnitude of strong augmentation. Default: the figure's.",
+    lower_bound=0,
+    upper_bound=30,
+)
+flags.DEFINE_list(
+    "weak",
+    None,
+    "Magnitudes of weak augmentation, the optima of the small networks: one for each pruning ratio of Figure 4, or one "
+    "for Figure 6; none is no RandAugment. Default: the paper's, which are those of ResNet-20 on CIFAR-100.",
+)
+flags.DEFINE_string(
+    "teacher",
+    None,
+    "Figure 7's teacher: a network's name as for --model, which is trained first, or a .keras file with a classifier "
+    "of the data set's images that gives logits. Default: resnet110, and resnet14 for digits.",
+)
+flags.DEFINE_integer(
+    "teacher_epochs", None, "Epochs for which a teacher is trained. Default: as many as --epochs.", lower_bound=1
+)
+flags.DEFINE_float("teacher_magnitude", 14, "Magnitude at which a teacher is trained.", lower_bound=0, upper_bound=30)
+
+
+class Study:
+    """The runs of one figure: their settings from the flags, and the rows they leave.
+
+    `takes` names the flags of `SOME` that this figure takes; given another, it says so.
+    """
+
+    def __init__(self, figure, takes=(), carrier="optimizer"):
+        for name in SOME:
+            if FLAGS[name].present and name not in takes:
+                raise ValueError(f"--{name} is no flag of {figure}. Received: --{name}={FLAGS[name].value}.")
+        logging.set_verbosity(logging.WARNING)  # an export logs much
+        recipe = RECIPES[FLAGS.dataset] | {"train_images": None} | (SMOKE if FLAGS.smoke else {})
+        self.settings = {
+            name: default if FLAGS[name].value is None else FLAGS[name].value
+            for name, default in (recipe | {"carrier": carrier}).items()
+        }
+        names = ("dataset", "smoke", "augmenter", "image_size", "schedule", "evaluate_every", "data_dir")
+        self.settings |= {"figure": figure} | {name: FLAGS[name].value for name in names}
+        self.settings["checkpoints"] = str(pathlib.Path(FLAGS.checkpoints or HERE / "checkpoints").absolute())
+        self.seeds = [0] if FLAGS.smoke and FLAGS["seeds"].using_default_value else [int(seed) for seed in FLAGS.seeds]
+        name = f"{figure}_{FLAGS.dataset}{'_smoke' if FLAGS.smoke else ''}.jsonl"
+        self.results = pathlib.Path(FLAGS.results or HERE / "results" / name)
+        check_writable(self.results)
+        self.out = pathlib.Path(FLAGS.out or self.results.with_suffix(".png"))  # where the figure goes
+
+    @property
+    def epochs(self):
+        return self.settings["epochs"]
+
+    def run(self, *, work=None, **key):
+        return Run(**self.settings | key, work=self.epochs if work is None else work)
+
+    def carry_out(self, runs, outcome):
+        """Returns the rows of all runs, once those that have none yet are carried out."""
+        rows = read_rows(self.results)
+        todo = [run for run in runs if find(rows, run) is None]
+        for run in {run.model: run for run in todo}.values():
+            training.check(run)
+        engine.carry_out(todo, outcome, workers=FLAGS.workers, results=self.results)
+        rows = read_rows(self.results)
+        return [find(rows, run) for run in runs]
+
+
+def sparsities(default):
+    """Returns the pruning ratios of the flag, or the default."""
+    return [float(ratio) for ratio in FLAGS.sparsities or default]
+
+
+def magnitudes(name, default, count=None):
+    """Returns the magnitudes of a flag, or the default; None is "none". If `count` is given, there must be so many."""
+    try:
+        chosen = [None if each == "none" else float(each) for each in FLAGS[name].value]
+    except TypeError:  # the flag is not given
+        chosen = list(default)
+    except ValueError:
+        chosen = []
+    if not chosen or len(chosen) != (count or len(chosen)) or not all(m is None or 0 <= m <= 30 for m in chosen):
+        raise ValueError(
+            f"--{name} must be {count or 'some'} magnitude(s) in [0, 30], or none, separated by commas. "
+            f"Received: {FLAGS[name].value}."
+        )
+    return chosen
+
+
+def magnitude_name(magnitude):
+    return "none" if magnitude is None else f"M={magnitude:g}"

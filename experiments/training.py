@@ -1,0 +1,486 @@
+"""The paper's recipe: networks, augmentation, and a training that goes on where a killed process left it.
+
+Nothing here reads a flag; what is done depends on the run. Checkpoints are read and written here alone.
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+import math
+import os
+import re
+import time
+
+import keras
+import numpy as np
+
+import kerascompress as kc
+from experiments import data as datasets
+from experiments.runs import locked, on_gpu
+
+HAS_OPTIMIZER = hasattr(kc, "PruningOptimizer")
+logging.getLogger("tensorflow").setLevel("ERROR")  # it warns of every run that traces functions of its own
+
+SAVE_EVERY = 30.0  # seconds from one state on the disk to the next
+
+
+def report(epochs, note=""):
+    """Is told of every finished epoch; whoever shows progress puts another function here."""
+
+
+# What a run trains, and on what
+
+
+def data_of(run):
+    """Returns the images of a run."""
+    return _load(run.dataset, run.data_dir, run.train_images, run.train_images if run.smoke else None, run.image_size)
+
+
+@functools.lru_cache(maxsize=1)
+def _load(dataset, data_dir, train_images, eval_images, image_size):
+    return datasets.load(dataset, data_dir, train_images=train_images, eval_images=eval_images, image_size=image_size)
+
+
+def check(run):
+    """Raises an error if a run could not begin."""
+    find_builder(run.model)
+    images = len(data_of(run).train[1])
+    if run.batch_size > images:
+        raise ValueError(
+            f"`batch_size` must be at most {images}, the number of training images. "
+            f"Received: batch_size={run.batch_size}."
+        )
+
+
+def steps_per_epoch(run):
+    return len(data_of(run).train[1]) // run.batch_size  # whole batches only: another shape is compiled anew
+
+
+def build_model(run, seed=None):
+    """Returns the network of a run, new; its initial weights are made of the run's seed, or of another."""
+    data = data_of(run)
+    return find_builder(run.model)(
+        data.num_classes,
+        input_shape=data.input_shape,
+        mean=data.mean,
+        std=data.std,
+        seed=run.seed if seed is None else seed,
+    )
+
+
+def find_builder(name):
+    """Returns the builder of the network that a name stands for."""
+    match = re.fullmatch(r"(?:resnet(\d+)(?:w(\d+))?|(mobilenet_v2|shufflenet_v2)(?:w(\d*\.?\d+))?)", name)
+    if not match:
+        raise ValueError(
+            "`model` must be resnet<depth>, mobilenet_v2 or shufflenet_v2, with w<width> at the end for another width, "
+            f"such as resnet8w8 or mobilenet_v2w0.25. Received: {name!r}."
+        )
+    depth, filters, mobile, multiplier = match.groups()
+    if mobile:
+        return functools.partial(getattr(kc.models, mobile), width=float(multiplier or 1))
+    return functools.partial(kc.models.resnet, int(depth), width=int(filters or 16))
+
+
+def layer_seeds(run, count, stage=0):
+    """Returns independent seeds for the random layers of a stage of a run, the same ones for every arm."""
+    return np.random.SeedSequence((run.seed, round(100 * run.sparsity), stage)).generate_state(count).tolist()
+
+
+def base_augmentation(data, crop_seed, flip_seed):
+    """The paper's random crop, by an eighth of the side (4 pixels of 32), and its horizontal flip."""
+    crop = kc.RandomCrop(padding=data.input_shape[0] // 8, fill_value=data.fill_value, seed=crop_seed)
+    return [crop, keras.layers.RandomFlip("horizontal", seed=flip_seed)] if data.flip else [crop]
+
+
+def rand_augment(run, seed):
+    """RandAugment with two operations at the magnitude of a run, which is live."""
+    if run.augmenter == "kerascompress":
+        return kc.RandAugment(magnitude=run.magnitude, num_ops=2, seed=seed)
+    from kerascompress import keras_cv
+
+    return keras_cv.RandAugment((0, 255), augmentations_per_image=2, magnitude=run.magnitude, seed=seed)
+
+
+def ramp(run, start=0.0):
+    """Returns the schedule that prunes from the sparsity `start` to the run's over the first half of its steps."""
+    steps = max(1, run.epochs // 2 * steps_per_epoch(run))
+    return kc.PolynomialDecay(start, run.sparsity, 0, steps, frequency=max(1, min(100, steps // 10)))
+
+
+def prune_now(net, sparsity):
+    if hasattr(kc, "prune_now"):
+        return kc.prune_now(net, sparsity, scope="global")
+    once = kc.ConstantSparsity(sparsity, begin_step=0, end_step=0, frequency=1)
+    pruned = kc.prune_low_magnitude(net, pruning_schedule=once, scope="global")
+    now = kc.UpdatePruningStep()
+    now.set_model(pruned)
+    now.on_train_begin()
+    return kc.strip_pruning(pruned)
+
+
+def learning_rate(epoch, epochs, initial):
+    """A cosine over the stage down to 5e-6, and a tenth of it from 45 % and again from 90 % of the epochs.
+
+    The paper authors' script: steps at epochs 90 and 180 of 200.
+    """
+    cosine = 5e-6 + (initial - 5e-6) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+    return cosine * 0.1 ** ((epoch >= 0.45 * epochs) + (epoch >= 0.9 * epochs))
+
+
+class _PaperDecay(keras.optimizers.schedules.LearningRateSchedule):
+    """`learning_rate`, as a table that the compiled step looks the epoch up in."""
+
+    def __init__(self, initial, epochs, steps):
+        self.table = np.array([learning_rate(epoch, epochs, initial) for epoch in range(epochs)], "float32")
+        self.steps = steps
+
+    def __call__(self, step):
+        epoch = keras.ops.minimum(keras.ops.cast(step, "int32") // self.steps, len(self.table) - 1)
+        return keras.ops.take(keras.ops.convert_to_tensor(self.table), epoch)
+
+
+def make_optimizer(run, steps):
+    """SGD along the run's schedule: the paper's, or one cosine to 0, which falls at every step."""
+    if run.schedule == "cosine":
+        rate = keras.optimizers.schedules.CosineDecay(run.learning_rate, run.epochs * steps)
+    else:
+        rate = _PaperDecay(run.learning_rate, run.epochs, steps)
+    return keras.optimizers.SGD(rate, momentum=0.9)
+
+
+# One stage of training
+
+
+def trained(run, net, *, schedule=None, moves=None, around=None, best_from=0, stage=0):
+    """Trains `net`, in place, as a run says; goes on where a killed process left it, or gives it the weights it has.
+
+    An epoch depends on the run and on the state alone. The state is all variables: weights, masks, optimizer, random
+    seeds, magnitude. If another process is at this run, this one waits for it.
+
+    Args:
+        run: The stage: its key decides the folder. Weights that are zero stay zero.
+        net: The network, with the weights from which it begins.
+        schedule: A pruning schedule, followed globally.
+        moves: `moves(augment)` returns the callback that moves the magnitude of the run's RandAugment.
+        around: `around(run, net, stage)` returns the model that is fitted and its RandAugment or None. Default: the
+            network behind the run's augmentation.
+        best_from: The best epoch is chosen on the validation images from this one on.
+        stage: Counts the stages of a run from 0; each has its own order of the images and its own draws.
+
+    Returns:
+        The result: accuracies, seconds, and how many images there are.
+    """
+    done = run.folder / DONE
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with locked(run.folder / "lock"):
+        if done.exists():
+            result, weights = load_arrays(done, "weights")
+            net.set_weights(weights)
+            return result
+        fitted, small, callbacks = _prepare(run, net, schedule, moves, around or classifier, stage)
+        try:
+            result = _fit(run, fitted, callbacks, best_from, stage)
+        except BaseException:
+            _COMPILED.clear()  # on JAX, an epoch that breaks off leaves variables without values
+            raise
+        net.set_weights(small().get_weights())
+        save_arrays(done, result, weights=net.get_weights())
+        (run.folder / STATE).unlink(missing_ok=True)
+        return result
+
+
+def classifier(run, net, stage):
+    """Returns the network behind the run's augmentation, and its RandAugment."""
+    data = data_of(run)
+    *base_seeds, seed = layer_seeds(run, 3, stage)
+    augment = None if run.magnitude is None else rand_augment(run, seed)
+    layers = [*base_augmentation(data, *base_seeds), *([augment] if augment else []), net]
+    return keras.Sequential([keras.Input(data.input_shape, dtype="uint8"), *layers]), augment
+
+
+def _prepare(run, net, schedule, moves, around, stage):
+    """Returns the compiled model, a function that returns the plain network in it, and its callbacks."""
+    callbacks, steps = [], steps_per_epoch(run)
+    optimizer, carried = make_optimizer(run, steps), None
+    if schedule or kc.sparsity(net):
+        if run.carrier == "optimizer" and HAS_OPTIMIZER:
+            optimizer = kc.PruningOptimizer(optimizer, schedule, scope="global")
+        else:
+            keep = kc.ConstantSparsity(kc.sparsity(net), begin_step=0, end_step=0, frequency=1)
+            carried = kc.prune_low_magnitude(net, pruning_schedule=schedule or keep, scope="global")
+            callbacks = [kc.UpdatePruningStep()]
+    is_wrapped = carried is not None
+    if not is_wrapped:
+        carried = keras.models.clone_model(net)
+        carried.set_weights(net.get_weights())
+    fitted, augment = around(run, carried, stage)
+    # What acts between two calls must be there at every step at which masks are due.
+    together = math.gcd(schedule.frequency, steps) if schedule and (callbacks or moves) else steps
+    compile_classifier(fitted, optimizer, steps_per_execution=together)
+    fitted.optimizer.build(fitted.trainable_variables)
+    alike = _alike(run, net, schedule, around, together)
+    fitted, carried, augment = _compiled_before(alike, fitted, carried, augment)
+    callbacks += [moves(augment)] if moves else []
+    return fitted, lambda: kc.strip_pruning(carried) if is_wrapped else carried, callbacks
+
+
+def _alike(run, net, schedule, around, together):
+    """Returns what decides a compiled step: all but the values of variables."""
+    values = {"figure", "arm", "sparsity", "magnitude", "seed", "strong", "teacher", "path", "evaluate_every"}
+    return (
+        *(value for name, value in run.key.items() if name not in values),
+        *((variable.path, tuple(variable.shape)) for variable in net.variables),
+        run.magnitude is None,
+        repr(schedule.get_config()) if schedule else kc.sparsity(net),
+        together,
+        around is not classifier and (run.figure, run.arm, run.teacher),
+    )
+
+
+_COMPILED = {}  # of this process, at most so many
+MOST_COMPILED = 16
+
+
+def _compiled_before(alike, fitted, *parts):
+    """Returns the model and its parts; of an earlier run, with the state of this one's, where they are alike.
+
+    Tracing and compiling take as long as 10 to 30 epochs of a small study.
+    """
+    if alike not in _COMPILED:
+        if len(_COMPILED) >= MOST_COMPILED:
+            _COMPILED.clear()
+            keras.utils.clear_session()
+        _COMPILED[alike] = fitted, *parts
+    earlier, *_ = _COMPILED[alike]
+    if earlier is not fitted:
+        assign(_state(earlier), numpy(_state(fitted)))
+    return _COMPILED[alike]
+
+
+def _state(fitted):
+    return [*fitted.variables, *fitted.optimizer.variables]
+
+
+def _fit(run, fitted, callbacks, best_from, stage):
+    data, images = data_of(run), _Epochs(run, stage)
+    keeper = _Keeper(run, fitted, images, best_from)
+    keeper.load()
+    looks = [epoch for epoch in range(1, run.epochs + 1) if epoch % run.evaluate_every == 0 or epoch == run.epochs]
+    if keeper.epochs < run.epochs:
+        fitted.fit(
+            images,
+            shuffle=False,
+            initial_epoch=keeper.epochs,
+            epochs=run.epochs,
+            validation_data=data.validation,
+            validation_batch_size=500,
+            validation_freq=looks,
+            callbacks=[*callbacks, keeper],
+            verbose=0,
+        )
+    return keeper.result(data)
+
+
+def compile_classifier(model, optimizer, **settings):
+    model.compile(
+        optimizer,
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        jit_compile="auto" if keras.backend.backend() != "tensorflow" or on_gpu() else False,  # XLA is slower there
+        **settings,
+    )
+
+
+class _Epochs(keras.utils.PyDataset):
+    """The training images, in an order that the run and the epoch decide."""
+
+    def __init__(self, run, stage):
+        super().__init__()
+        self.run, self.stage = run, stage
+        self.images, self.labels = data_of(run).train
+        self.begin(0)
+
+    def begin(self, epoch):
+        """Called by the callback: Keras' own hooks are called more often than there are epochs."""
+        seed = self.run.seed, round(100 * self.run.sparsity), epoch, self.stage
+        self.order = np.random.default_rng(seed).permutation(len(self.labels))
+
+    def __len__(self):
+        return len(self.labels) // self.run.batch_size
+
+    def __getitem__(self, step):
+        index = self.order[step * self.run.batch_size :][: self.run.batch_size]
+        return self.images[index], self.labels[index]
+
+
+class _Keeper(keras.callbacks.Callback):
+    """Keeps the state of a training, and the best of its states, in memory and now and then in a file."""
+
+    def __init__(self, run, fitted, images, best_from):
+        super().__init__()
+        self.run, self.images, self.best_from = run, images, best_from
+        self.fitted, self.variables = fitted, _state(fitted)
+        self.looks, self.best, self.epochs, self.seconds = [], [], 0, 0.0
+
+    def load(self):
+        """Takes up what a killed process left."""
+        path = self.run.folder / STATE
+        if path.exists():
+            history, state, self.best = load_arrays(path, "state", "best")
+            self.looks, self.epochs, self.seconds = history["looks"], history["epochs"], history["seconds"]
+            assign(self.variables, state)
+            report(self.epochs, str(self.run))
+        self.since = self.saved = time.monotonic()
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.images.begin(epoch)
+
+    def on_epoch_end(self, epoch, logs=None):
+        _ = self.model  # on JAX: brings the state back before it is read
+        self.epochs = epoch + 1
+        if "val_accuracy" in logs:
+            self.looks.append([self.epochs, round(float(logs["val_accuracy"]), 6)])
+            if self.epochs > self.best_from and self.epochs == self.best_epoch:
+                self.best = numpy(self.variables)
+        now = time.monotonic()
+        self.seconds, self.since = self.seconds + now - self.since, now
+        if now - self.saved >= SAVE_EVERY and self.epochs < self.run.epochs:
+            self.save()
+            self.saved = now
+        report(1, f"{self.run}: {self.looks[-1][1]:.3f}" if self.looks else str(self.run))
+
+    def on_train_end(self, logs=None):
+        _ = self.model
+        self.save()  # evaluating on the test images takes its time, too
+
+    def save(self):
+        history = {"looks": self.looks, "epochs": self.epochs, "seconds": self.seconds}
+        save_arrays(self.run.folder / STATE, history, state=numpy(self.variables), best=self.best)
+
+    @property
+    def best_epoch(self):
+        """The epoch, counted from 1, that is best on the validation images, the first of several."""
+        return max((look for look in self.looks if look[0] > self.best_from), key=lambda look: look[1])[0]
+
+    def result(self, data):
+        """Returns the accuracies of the best and of the last epoch, which is the one that stays in the variables."""
+        validation = dict(self.looks)
+        test = accuracy(self.fitted, data.test)
+        test_best = test
+        if self.best_epoch < self.run.epochs:
+            last = numpy(self.variables)
+            assign(self.variables, self.best)
+            test_best = accuracy(self.fitted, data.test)
+            assign(self.variables, last)
+        return {
+            "validation_last": validation[self.run.epochs],
+            "validation_best": validation[self.best_epoch],
+            "best_epoch": self.best_epoch,
+            "test_best": test_best,
+            "test_last": test,
+            "seconds": round(self.seconds, 1),
+            "images": {name: len(getattr(data, name)[1]) for name in ("train", "validation", "test")},
+        }
+
+
+def accuracy(model, split):
+    images, labels = split
+    return round(model.evaluate(images, labels, batch_size=500, verbose=0, return_dict=True)["accuracy"], 6)
+
+
+def sizes(model):
+    """Returns the trainable parameters of a model, how many are not zero, and its sparsity over prunable kernels."""
+    weights = numpy(model.trainable_variables)
+    return {
+        "parameters": sum(w.size for w in weights),
+        "nonzeros": int(sum(np.count_nonzero(w) for w in weights)),
+        "live_sparsity": round(kc.sparsity(model), 6),
+    }
+
+
+# Schemes of several stages
+
+
+class Course:
+    """The stages of one run of a scheme, one after the other (Figures 4 and 6).
+
+    A stage is decided by all that led to it, and its key is named for that: the `path` so far, such as ["M=14x200",
+    "prune=0.4", "M=8x200"]. A run that comes to a stage of another run takes the weights it has left.
+    """
+
+    def __init__(self, run, epochs):
+        self.run, self.epochs = run, epochs  # of each stage
+        self.path, self.results = [], []
+
+    def then(self, name, change):
+        """Returns `change`, a function from a network to another, so that it also writes its name into the path."""
+
+        def named(net):
+            self.path.append(name)
+            return change(net)
+
+        return named
+
+    def stage(self, magnitude, sparsity=0.0):
+        """Returns the next stage, as a run of its own."""
+        epochs = self.epochs[len(self.results)]
+        step = f"M={'none' if magnitude is None else format(magnitude, 'g')}x{epochs}"
+        arm = "+".join([*self.path, step])
+        changes = {"arm": arm, "sparsity": sparsity, "magnitude": magnitude, "epochs": epochs}
+        return dataclasses.replace(self.run, **changes, strong=None, after=None, work=epochs)
+
+    def fit(self, net, magnitude):
+        """Trains `net` for the next stage, from the full learning rate on; or gives it the weights this stage left."""
+        run = self.stage(magnitude, round(kc.sparsity(net), 2))
+        self.results.append(trained(run, net, stage=len(self.results)))
+        self.path.append(run.arm.rpartition("+")[2])
+
+    def outcome(self, small):
+        """Returns what the row says of the network that the last stage has left."""
+        return (
+            self.results[-1]
+            | {"seconds": round(sum(result["seconds"] for result in self.results), 1)}
+            | sizes(small)
+            | {"total_epochs": sum(self.epochs), "stages": self.path}
+        )
+
+
+# Checkpoints: one file, replaced in one step, so that a killed process leaves one state or the one before it.
+
+STATE, DONE = "state.npz", "done.npz"
+
+
+def save_arrays(path, meta, **groups):
+    """Writes JSON-able `meta` and groups of arrays; never a half-written file under the final name."""
+    arrays = {f"{name}/{i}": array for name, group in groups.items() for i, array in enumerate(group)}
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.savez(file, meta=json.dumps(meta), **arrays)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def load_arrays(path, *names):
+    """Returns `meta` and each named group."""
+    try:
+        with np.load(path) as file:
+            groups = [
+                [file[f"{name}/{i}"] for i in range(sum(key.startswith(f"{name}/") for key in file))] for name in names
+            ]
+            return json.loads(str(file["meta"])), *groups
+    except Exception as error:  # a damaged archive raises almost anything
+        raise ValueError(
+            f"The checkpoint {path} does not load ({type(error).__name__}: {error}). Delete it: its run starts again."
+        ) from error
+
+
+def assign(variables, values):
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+
+
+def numpy(variables):
+    return [keras.ops.convert_to_numpy(variable) for variable in variables]
