@@ -259,7 +259,7 @@ def on_scale(images, value_range, name):
         "normalises them. Images of 0 to 255 that are almost black pass as uint8."
     )
     try:
-        seen = [float(value) for value in extremes]
+        seen = [float(kops.stop_gradient(value)) for value in extremes]
     except TypeError:  # while a step is being traced
         if keras.backend.backend() == "tensorflow":
             import tensorflow as tf

@@ -260,7 +260,16 @@ class RecordSparsity(keras.callbacks.Callback):
 
 @pytest.mark.parametrize(
     "case",
-    ["sgd_momentum", "adamw", "jit", "mixed_bfloat16", "mixed_float16", "steps_per_execution", "accumulation", "ema"],
+    [
+        "sgd_momentum",
+        "adamw",
+        pytest.param("jit", marks=pytest.mark.compiled),
+        "mixed_bfloat16",
+        "mixed_float16",
+        pytest.param("steps_per_execution", marks=pytest.mark.compiled),
+        "accumulation",
+        "ema",
+    ],
 )
 def test_after_every_batch_the_effective_kernels_are_exactly_sparse(case):
     optimizer = {
@@ -292,13 +301,13 @@ def test_the_last_update_at_end_step_is_never_missed(batches):
     # begin 0, end 995, frequency 100: tfmot's last update is at step 900, short of the final sparsity.
     schedule = kc.PolynomialDecay(initial_sparsity=0.0, final_sparsity=0.8, begin_step=0, end_step=995, frequency=100)
     model = keras.Sequential([keras.Input((20,)), kc.PruneLowMagnitude(layers.Dense(10), schedule)])
-    model.compile("sgd", "mse", steps_per_execution=5)
+    model.compile("sgd", "mse", steps_per_execution=1 if keras.backend.backend() == "torch" else 5)
     inputs, targets = np.ones((batches, 20), "float32"), np.ones((batches, 10), "float32")
     model.fit(inputs, targets, batch_size=1, verbose=0, callbacks=[kc.UpdatePruningStep()])
     assert kc.sparsity(model) == pytest.approx(0.8, abs=1e-6)
 
 
-@pytest.mark.parametrize("steps_per_execution", [1, 3, 8])
+@pytest.mark.parametrize("steps_per_execution", [1, *(pytest.param(n, marks=pytest.mark.compiled) for n in (3, 8))])
 def test_an_update_is_due_when_a_scheduled_step_lies_since_the_last_call(steps_per_execution):
     asked = []
 
