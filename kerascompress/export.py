@@ -349,7 +349,7 @@ def _write_in_another_process(model, batches, folder) -> None:
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise RuntimeError(
-            f"{model.name!r} is exported by a process of its own with KERAS_BACKEND=tensorflow, which failed: {reason}. "
+            f"{model.name!r} is exported by another process with KERAS_BACKEND=tensorflow, which failed: {reason}. "
             "Layers of your own must be written with `keras.ops`, and lie in a module that can be imported there."
         )
 

@@ -274,4 +274,6 @@ def gather(values, indices):
         return tf.gather(values, indices)
     if keras.backend.backend() == "jax":
         return values.at[indices].get(mode="promise_in_bounds")
-    return ops.take(values, indices, axis=0)
+    import torch
+
+    return torch.index_select(values, 0, indices.reshape(-1)).reshape(*indices.shape, *values.shape[1:])

@@ -1,12 +1,13 @@
 """How a batch is carried out: every image by the rows that it drew, in as many rounds as it drew rows.
 
 A row says what to do with an image, by one of three functions: `table`, `warp` or `pixels` (see `augment.Op`). A round
-is one of three functions too, with one result: `_single_round` for one image, `_fused_round` for accelerators and for
-sizes that a trace does not know, `_grouped_round` for processors.
+is one of four functions too, with one result: `_single_round` for one image, `_fused_round` for accelerators and for
+sizes that a trace does not know, `_grouped_round` for processors, `_eager_round` where nothing is compiled.
 """
 
 import functools
 import itertools
+import math
 
 import keras
 import numpy as np
@@ -36,6 +37,9 @@ def apply(rows, images, op, argument, *, good=True, value_range=(0, 255), fill_v
     dtype = keras.backend.standardize_dtype(images.dtype)
     if "float" not in dtype and dtype != "uint8":
         raise ValueError(f"RandAugment needs float images, or uint8 from 0 to 255. Received: {dtype} images.")
+    outside = {"fill_value": fill_value, "interpolation": interpolation}
+    if keras.backend.backend() == "torch":
+        return _run_eagerly(rows, images, op, argument, value_range, **outside)
     run = _engine(
         keras.backend.backend(),
         _on_cpu(),
@@ -44,8 +48,7 @@ def apply(rows, images, op, argument, *, good=True, value_range=(0, 255), fill_v
         dtype,
         op.shape[0],
         tuple(value_range),
-        fill_value=fill_value,
-        interpolation=interpolation,
+        **outside,
     )
     return run(images, op, argument, kops.convert_to_tensor(good))
 
@@ -126,6 +129,76 @@ def _fused_round(rows, images, op, argument, **outside):
         if row.pixels:
             result = kops.where((op == i)[:, None, None, None], _pixels(row, images, argument), result)
     return result
+
+
+# Values in a chunk of a batch: what is made of them on the way stays in the cache of a processor, and does not ask the
+# system for memory, which is slow to touch for the first time.
+_CHUNK_VALUES = 2**19
+
+
+def _run_eagerly(rows, images, op, argument, value_range, **outside):
+    """`apply` on Torch, where everything is known and is carried out as it is written."""
+    black, white = value_range
+    step = (white - black) / 255.0
+    dtype = keras.backend.standardize_dtype(images.dtype)
+
+    def to_levels(values):
+        values = kops.cast(values, "float32")
+        return image_ops.to_bytes(kops.round(values if (black, step) == (0, 1) else (values - black) / step))
+
+    def from_levels(levels):
+        values = kops.cast(levels, "float32")
+        return kops.cast(values if (black, step) == (0, 1) else values * step + black, dtype)
+
+    levels = images if dtype == "uint8" else _in_chunks(to_levels, images)
+    for drawn, each in zip(kops.convert_to_numpy(op), argument, strict=True):
+        levels = _eager_round(rows, levels, drawn, each, **outside)
+    return levels if dtype == "uint8" else _in_chunks(from_levels, levels)
+
+
+def _in_chunks(function, *arrays):
+    """The function of all images, chunk by chunk; of `arrays`, the first are the images."""
+    batch = arrays[0].shape[0]
+    size = max(_CHUNK_VALUES // math.prod(arrays[0].shape[1:]), 1)
+    if batch <= size:
+        return function(*arrays)
+    return kops.concatenate([function(*(each[i : i + size] for each in arrays)) for i in range(0, batch, size)])
+
+
+def _eager_round(rows, images, op, argument, **outside):
+    """Where nothing is compiled: a row is given the images that drew it, so that they pay for no other."""
+    height, width, channels = images.shape[1:]
+
+    def table(row, images, argument):
+        tables = image_ops.to_bytes(row.table(images, argument))
+        return kops.broadcast_to(tables, (images.shape[0], channels, 256))
+
+    def warp(images, matrices):
+        return image_ops.to_bytes(image_ops.warp(images, matrices, **outside))
+
+    places, made = [], []
+    for kind in KINDS:
+        drawn = [(row, np.flatnonzero(op == i)) for i, row in enumerate(rows) if row.kind == kind]
+        place = np.concatenate([np.zeros(0, int), *(where for _, where in drawn)])
+        if not place.size:
+            continue
+        own, given = (image_ops.gather(each, kops.convert_to_tensor(place)) for each in (images, argument))
+        ends = np.cumsum([where.size for _, where in drawn]).tolist()
+        parts = [
+            (row, own[end - where.size : end], given[end - where.size : end])
+            for (row, where), end in zip(drawn, ends, strict=True)
+            if where.size
+        ]
+        if kind == "table":
+            tables = [_in_chunks(functools.partial(table, row), *part) for row, *part in parts]
+            own = _in_chunks(image_ops.lookup, own, kops.concatenate(tables))
+        elif kind == "warp":
+            own = _in_chunks(warp, own, kops.concatenate([row.warp(each, height, width) for row, _, each in parts]))
+        elif kind == "pixels":
+            own = kops.concatenate([_in_chunks(functools.partial(_pixels, row), *part) for row, *part in parts])
+        places.append(place)
+        made.append(own)
+    return image_ops.gather(kops.concatenate(made), kops.convert_to_tensor(np.argsort(np.concatenate(places))))
 
 
 _LOOK_AT = 16  # so many images of a batch tell its scale: all of them would cost a fifth of a round

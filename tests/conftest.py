@@ -15,7 +15,9 @@ def pytest_collection_modifyitems(items):
         if item.get_closest_marker("tensorflow_only") and not on_tensorflow:
             item.add_marker(pytest.mark.skip(reason=f"needs the TensorFlow backend; this is {keras.backend.backend()}"))
         if item.get_closest_marker("compiled") and keras.backend.backend() == "torch":
-            item.add_marker(pytest.mark.skip(reason="needs a compiled step, or several in one; Keras has none on Torch"))
+            item.add_marker(
+                pytest.mark.skip(reason="needs a compiled step, or several in one; Keras has none on Torch")
+            )
         if item.get_closest_marker("gpu") and not _has_gpu():
             item.add_marker(pytest.mark.skip(reason="needs an accelerator; this machine has none"))
 
