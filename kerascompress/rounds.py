@@ -133,7 +133,7 @@ def _fused_round(rows, images, op, argument, **outside):
 
 # Values in a chunk of a batch: what is made of them on the way stays in the cache of a processor, and does not ask the
 # system for memory, which is slow to touch for the first time.
-_CHUNK_VALUES = 2**19
+_CHUNK_VALUES = 2**20
 
 
 def _run_eagerly(rows, images, op, argument, value_range, **outside):
@@ -150,55 +150,65 @@ def _run_eagerly(rows, images, op, argument, value_range, **outside):
         values = kops.cast(levels, "float32")
         return kops.cast(values if (black, step) == (0, 1) else values * step + black, dtype)
 
-    levels = images if dtype == "uint8" else _in_chunks(to_levels, images)
+    place = np.arange(images.shape[0])  # of every image in `levels`
+    levels = images if dtype == "uint8" else kops.concatenate(_in_chunks(to_levels, images, place))
     for drawn, each in zip(kops.convert_to_numpy(op), argument, strict=True):
-        levels = _eager_round(rows, levels, drawn, each, **outside)
-    return levels if dtype == "uint8" else _in_chunks(from_levels, levels)
+        order, made = _eager_round(rows, levels, place, drawn, each, **outside)
+        place, levels = np.argsort(order), kops.concatenate(made)
+    return kops.concatenate(_in_chunks(from_levels if dtype != "uint8" else lambda levels: levels, levels, place))
 
 
-def _in_chunks(function, *arrays):
-    """The function of all images, chunk by chunk; of `arrays`, the first are the images."""
-    batch = arrays[0].shape[0]
-    size = max(_CHUNK_VALUES // math.prod(arrays[0].shape[1:]), 1)
-    if batch <= size:
-        return function(*arrays)
-    return kops.concatenate([function(*(each[i : i + size] for each in arrays)) for i in range(0, batch, size)])
+def _in_chunks(function, images, place, *others):
+    """`function(images[place], *others)`, chunk by chunk."""
+    size = max(_CHUNK_VALUES // math.prod(images.shape[1:]), 1)
+    chunks = [slice(first, first + size) for first in range(0, len(place), size)]
+    return [
+        function(image_ops.gather(images, kops.convert_to_tensor(place[at])), *(each[at] for each in others))
+        for at in chunks
+    ]
 
 
-def _eager_round(rows, images, op, argument, **outside):
-    """Where nothing is compiled: a row is given the images that drew it, so that they pay for no other."""
+def _eager_round(rows, images, place, op, argument, **outside):
+    """Where nothing is compiled: a row is given the images that drew it, so that they pay for no other.
+
+    Returns the order in which the images come out, and chunks of them.
+    """
     height, width, channels = images.shape[1:]
 
     def table(row, images, argument):
-        tables = image_ops.to_bytes(row.table(images, argument))
-        return kops.broadcast_to(tables, (images.shape[0], channels, 256))
+        return kops.broadcast_to(row.table(images, argument), (images.shape[0], channels, 256))
 
     def warp(images, matrices):
         return image_ops.to_bytes(image_ops.warp(images, matrices, **outside))
 
-    places, made = [], []
+    order, made = [], []
     for kind in KINDS:
         drawn = [(row, np.flatnonzero(op == i)) for i, row in enumerate(rows) if row.kind == kind]
-        place = np.concatenate([np.zeros(0, int), *(where for _, where in drawn)])
-        if not place.size:
-            continue
-        own, given = (image_ops.gather(each, kops.convert_to_tensor(place)) for each in (images, argument))
-        ends = np.cumsum([where.size for _, where in drawn]).tolist()
-        parts = [
-            (row, own[end - where.size : end], given[end - where.size : end])
-            for (row, where), end in zip(drawn, ends, strict=True)
-            if where.size
+        drawn = [
+            (row, which, image_ops.gather(argument, kops.convert_to_tensor(which)))
+            for row, which in drawn
+            if which.size
         ]
-        if kind == "table":
-            tables = [_in_chunks(functools.partial(table, row), *part) for row, *part in parts]
-            own = _in_chunks(image_ops.lookup, own, kops.concatenate(tables))
+        if not drawn:
+            continue
+        order.append(np.concatenate([which for _, which, _ in drawn]))
+        if kind == "identity":
+            made += _in_chunks(lambda images: images, images, place[order[-1]])
+        elif kind == "table":
+            tables = [
+                each
+                for row, which, given in drawn
+                for each in _in_chunks(functools.partial(table, row), images, place[which], given)
+            ]
+            tables = image_ops.to_bytes(kops.concatenate(tables))
+            made += _in_chunks(image_ops.lookup, images, place[order[-1]], tables)
         elif kind == "warp":
-            own = _in_chunks(warp, own, kops.concatenate([row.warp(each, height, width) for row, _, each in parts]))
-        elif kind == "pixels":
-            own = kops.concatenate([_in_chunks(functools.partial(_pixels, row), *part) for row, *part in parts])
-        places.append(place)
-        made.append(own)
-    return image_ops.gather(kops.concatenate(made), kops.convert_to_tensor(np.argsort(np.concatenate(places))))
+            matrices = kops.concatenate([row.warp(given, height, width) for row, _, given in drawn])
+            made += _in_chunks(warp, images, place[order[-1]], matrices)
+        else:
+            for row, which, given in drawn:
+                made += _in_chunks(functools.partial(_pixels, row), images, place[which], given)
+    return np.concatenate(order), made
 
 
 _LOOK_AT = 16  # so many images of a batch tell its scale: all of them would cost a fifth of a round
