@@ -166,6 +166,10 @@ def provenance():
 def on_gpu():
     import keras
 
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return torch.cuda.is_available()
     return keras.distribution.list_devices()[0].startswith("gpu")
 
 
@@ -179,6 +183,10 @@ def device():
         import jax
 
         return jax.devices()[0].device_kind
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return torch.cuda.get_device_name()
     import tensorflow as tf
 
     return tf.config.experimental.get_device_details(tf.config.list_physical_devices("GPU")[0])["device_name"]

@@ -85,7 +85,8 @@ def find_builder(name):
 
 def layer_seeds(run, count, stage=0):
     """Returns independent seeds for the random layers of a stage of a run, the same ones for every arm."""
-    return np.random.SeedSequence((run.seed, round(100 * run.sparsity), stage)).generate_state(count).tolist()
+    seeds = np.random.SeedSequence((run.seed, round(100 * run.sparsity), stage)).generate_state(count)
+    return (seeds % 2**31 if keras.backend.backend() == "torch" else seeds).tolist()  # Keras takes no more there
 
 
 def base_augmentation(data, crop_seed, flip_seed):
@@ -218,6 +219,7 @@ def _prepare(run, net, schedule, moves, around, stage):
     fitted, augment = around(run, carried, stage)
     # What acts between two calls must be there at every step at which masks are due.
     together = math.gcd(schedule.frequency, steps) if schedule and (callbacks or moves) else steps
+    together = 1 if keras.backend.backend() == "torch" else together  # where Keras takes steps one by one
     compile_classifier(fitted, optimizer, steps_per_execution=together)
     fitted.optimizer.build(fitted.trainable_variables)
     alike = _alike(run, net, schedule, around, together)

@@ -367,6 +367,7 @@ def test_optimizer_follows_the_schedule_of_the_run(tmp_path, schedule, expected)
     np.testing.assert_allclose(rates, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize(("frequency", "together"), [(3, 1), (6, 2), (40, 8)])
 def test_what_acts_between_calls_is_called_at_every_step_at_which_masks_are_due(tmp_path, frequency, together):
     run = run_of(tmp_path, sparsity=0.5, batch_size=8)  # 8 steps an epoch
@@ -450,6 +451,8 @@ def test_arms_are_one_network_while_their_magnitudes_are_the_same(tmp_path):
 
 
 def test_draws_of_figure_3_are_those_of_its_published_rows(tmp_path):
+    if training.keras.backend.backend() == "torch":
+        pytest.skip("the rows were made on TensorFlow; Keras takes no such seeds on Torch")
     run = run_of(tmp_path, sparsity=0.6)
     assert training.layer_seeds(run, 3) == [532367487, 3568231550, 2504398261]
     assert training.layer_seeds(run, 3, stage=1) == [842528948, 464623095, 1365712456]

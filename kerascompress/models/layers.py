@@ -82,7 +82,8 @@ def classifier(images, x, num_classes, *, dropout=0.0, weight_decay, seed, name)
     """The model from `images` to the logits of what the stages make of them."""
     x = keras.layers.GlobalAveragePooling2D(name="pool")(x)
     if dropout:
-        x = keras.layers.Dropout(dropout, seed=_layer_seed(seed, "dropout"), name="dropout")(x)
+        dropout_seed = None if seed is None else _layer_seed(seed, "dropout") % 2**31  # on Torch, Keras takes no more
+        x = keras.layers.Dropout(dropout, seed=dropout_seed, name="dropout")(x)
     bound = x.shape[-1] ** -0.5  # PyTorch's default for a linear layer: uniform in ±1 / sqrt(inputs)
     logits = keras.layers.Dense(
         num_classes,
