@@ -2,6 +2,9 @@
 
     python benchmarks/randaugment.py --data_dir DIR        # TensorFlow backend; DIR holds cifar-10-batches-py/
     KERAS_BACKEND=jax python benchmarks/randaugment.py --arms ours,pillow
+    KERAS_BACKEND=torch .venv-torch/bin/python benchmarks/randaugment.py --arms ours,pillow,torchvision,kornia
+
+torchvision and kornia are installed by `pip install --no-deps torchvision==0.28.0 kornia kornia-rs` beside torch 2.13.
 
 Every arm is a process of its own; they take turns, one at a time, so that a busy minute hits all of them. A peer that
 is not installed is skipped with a message. Prints a table of medians, writes the same as JSON and as a bar chart.
@@ -69,6 +72,11 @@ def ours(images, mode):
             output.block_until_ready()
 
         return run
+    if keras.backend.backend() == "torch":
+        import torch
+
+        batch = torch.tensor(images) if mode == "uint8" else torch.tensor(images).float()
+        return lambda: augment(batch, training=True)
     import tensorflow as tf
 
     batch = tf.constant(images, tf.float32)
@@ -128,10 +136,34 @@ def _augment_share(share):
 
 def torchvision(images):
     import torch
-    import torchvision.transforms
 
+    transforms = import_torchvision()
     torch.set_num_threads(1)
-    return pillow_loop(images, lambda: torchvision.transforms.RandAugment(NUM_OPS, MAGNITUDE))
+    return pillow_loop(images, lambda: transforms.RandAugment(NUM_OPS, MAGNITUDE))
+
+
+def torchvision_v2(images, dtype):
+    import torch
+
+    batch = torch.tensor(images).permute(0, 3, 1, 2).contiguous()
+    batch = batch if dtype == "uint8" else batch.float() / 255
+    augment = import_torchvision().v2.RandAugment(NUM_OPS, MAGNITUDE)
+    return lambda: augment(batch)
+
+
+def import_torchvision():
+    """Its transforms, beside a CPU build of torch too, for which its compiled operators, needed by none of them, lack."""
+    import torch
+
+    try:
+        import torchvision.transforms.v2
+    except RuntimeError:  # "operator torchvision::nms does not exist"
+        global _library
+        _library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            _library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision.transforms.v2
+    return torchvision.transforms
 
 
 def timm(images):
@@ -206,10 +238,13 @@ def resnet20_step(images, augmented):
 ARMS = {
     "ours: model": lambda images: ours(images, "graph"),
     "ours: model, XLA": lambda images: ours(images, "xla"),
+    "ours: model, uint8": lambda images: ours(images, "uint8"),
     "ours: tf.data": ours_in_tf_data,
     "Pillow, all cores": pillow,
     "torchvision (Pillow), all cores": torchvision,
     "timm (Pillow), all cores": timm,
+    "torchvision v2, uint8 (one list of operations a batch)": lambda images: torchvision_v2(images, "uint8"),
+    "torchvision v2, float (one list of operations a batch)": lambda images: torchvision_v2(images, "float32"),
     "kornia": kornia,
     "keras-cv: tf.data": keras_cv_in_tf_data,
     "keras.layers: tf.data": keras_layers_in_tf_data,
@@ -277,6 +312,10 @@ def main():
             if not name.lower().startswith(prefixes) or ("ResNet" in name and size != 32):
                 continue
             if backend == "jax" and ("tf.data" in name or name == "ours: model"):
+                continue
+            if (backend == "torch" and ("tf.data" in name or "XLA" in name)) or (
+                backend != "torch" and "uint8" in name
+            ):
                 continue
             context = multiprocessing.get_context("spawn")
             pipe, theirs = context.Pipe()

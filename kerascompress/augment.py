@@ -159,6 +159,7 @@ class RandAugment(_Augmentation):
     batches.
 
     XLA compiles it for every size of images and batches, so keep them few; sizes that a trace does not know are slower.
+    On Torch, nothing is compiled: an operation runs once for the images that drew it.
 
     Args:
         magnitude: M in [0, 30], or `(low, high)`: drawn uniformly per image. `layer.magnitude` is a variable of shape
