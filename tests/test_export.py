@@ -12,7 +12,7 @@ import pytest
 from kerascompress import export, models
 from kerascompress.augment import RandAugment
 from kerascompress.export import export_litert, export_saved_model
-from kerascompress.pruning import PruneLowMagnitude, prune_low_magnitude
+from kerascompress.pruning import PruneLowMagnitude, prune_low_magnitude, update_masks
 
 
 def tiny(**kwargs):
@@ -24,7 +24,7 @@ def pruned(model, sparsity):
     model = prune_low_magnitude(model, pruning_schedule=lambda step: (True, sparsity))
     for layer in model.layers:
         if isinstance(layer, PruneLowMagnitude):
-            layer.update_masks(sparsity)
+            update_masks([layer], sparsity)
     return model
 
 
