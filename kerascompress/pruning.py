@@ -23,7 +23,7 @@ from kerascompress.schedules import Schedule, check_schedule
 
 
 def prunable_weights(layer: keras.Layer) -> list[keras.Variable]:
-    """The kernels that pruning may zero in a built layer or model, by `get_prunable_weights()` or the table above."""
+    """The kernels that a wrapper may prune in a built layer, by `get_prunable_weights()` or `PRUNABLE_KERNELS`."""
     if hasattr(layer, "get_prunable_weights"):
         return list(layer.get_prunable_weights())
     weights = [getattr(layer, name) for name in _kernel_names(layer)]
