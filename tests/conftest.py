@@ -1,10 +1,13 @@
 """What every test shares: the skips by marker, and one seed."""
 
-import experiments  # noqa: F401, I001 (first: it sets the threads, and with them the last bits of every sum)
+import gc
+
 import keras
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+
+import experiments  # noqa: F401 (first: it sets the threads, and with them the last bits of every sum)
 
 EXACT = ("test_image_ops", "test_augment")  # what they claim to the bit must hold as a user's program is compiled
 
@@ -18,20 +21,37 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs an accelerator; this machine has none"))
 
 
+def pytest_sessionstart(session):
+    gc.freeze()  # what the imports have made stays: collecting would look at it again and again
+
+
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation(request):
-    """On JAX, compiling is most of the time, so it optimises only where the result must be a user's, to the bit."""
-    if keras.backend.backend() == "jax":
-        import jax
+    """Compiling is most of the time, so it is done thoroughly only where the result must be a user's, to the bit.
 
-        jax.config.update("jax_disable_most_optimizations", request.module.__name__.split(".")[-1] not in EXACT)
-        jax.clear_caches()
+    Elsewhere JAX optimises less, and TensorFlow takes XLA only where a test says so, and no Grappler.
+    """
+    is_exact = request.module.__name__.split(".")[-1] in EXACT
+    with pytest.MonkeyPatch.context() as patch:
+        if keras.backend.backend() == "jax":
+            import jax
+
+            jax.config.update("jax_disable_most_optimizations", not is_exact)
+            jax.clear_caches()
+        else:
+            import tensorflow as tf
+
+            tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": not is_exact})
+            if not is_exact:
+                patch.setattr(keras.Model, "_resolve_auto_jit_compile", lambda model: False)
+        yield
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)
 def fresh():
     """A test starts from one seed, with no layer names taken and no policy set by another test."""
-    keras.utils.clear_session()
+    keras.utils.clear_session(free_memory=False)  # collecting after every test would take a third of the time
     keras.utils.set_random_seed(0)
     policy = keras.config.dtype_policy()
     yield
