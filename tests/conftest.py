@@ -1,13 +1,12 @@
 """What every test shares: the skips by marker, and one seed."""
 
+import experiments  # noqa: F401, I001 (first: it sets the threads, and with them the last bits of every sum)
 import gc
 
 import keras
 import pytest
 from absl import flags
 from absl.testing import flagsaver
-
-import experiments  # noqa: F401 (first: it sets the threads, and with them the last bits of every sum)
 
 EXACT = ("test_image_ops", "test_augment")  # what they claim to the bit must hold as a user's program is compiled
 
