@@ -16,6 +16,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("tensorflow_only") and not on_tensorflow:
             item.add_marker(pytest.mark.skip(reason=f"needs the TensorFlow backend; this is {keras.backend.backend()}"))
+        if item.get_closest_marker("once") and not on_tensorflow:
+            item.add_marker(pytest.mark.skip(reason="says the same on every backend; run on TensorFlow"))
         if item.get_closest_marker("gpu") and not _has_gpu():
             item.add_marker(pytest.mark.skip(reason="needs an accelerator; this machine has none"))
 
@@ -28,7 +30,7 @@ def pytest_sessionstart(session):
 def quick_compilation(request):
     """Compiling is most of the time, so it is done thoroughly only where the result must be a user's, to the bit.
 
-    Elsewhere JAX optimises less, and TensorFlow takes XLA only where a test says so, and no Grappler.
+    Elsewhere JAX optimises less, and TensorFlow takes XLA only where a test says so.
     """
     is_exact = request.module.__name__.split(".")[-1] in EXACT
     with pytest.MonkeyPatch.context() as patch:
@@ -37,12 +39,8 @@ def quick_compilation(request):
 
             jax.config.update("jax_disable_most_optimizations", not is_exact)
             jax.clear_caches()
-        else:
-            import tensorflow as tf
-
-            tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": not is_exact})
-            if not is_exact:
-                patch.setattr(keras.Model, "_resolve_auto_jit_compile", lambda model: False)
+        elif not is_exact:
+            patch.setattr(keras.Model, "_resolve_auto_jit_compile", lambda model: False)
         yield
     gc.collect()
 

@@ -12,6 +12,8 @@ import pytest
 
 from experiments import data
 
+pytestmark = pytest.mark.once
+
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
 TRAIN, TEST = 40, 20  # images of a file in the small archives below
 
