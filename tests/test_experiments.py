@@ -138,6 +138,7 @@ def workers(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("workers", ["2", "ray"], indirect=True)
 def test_a_pool_and_a_ray_cluster_give_the_rows_of_a_loop(smoke, tmp_path, monkeypatch, workers):
     for name, value in OPTIMIZE.items():
@@ -163,6 +164,7 @@ def raises_dies_or_returns(run):
     return {"test_last": 0.5}
 
 
+@pytest.mark.once
 def test_a_run_that_raises_or_is_killed_costs_what_needs_it_and_no_other(tmp_path, workers):
     bad = ["raises"] if workers == "1" else ["raises", "dies"]
     first = {arm: run_of(tmp_path, arm) for arm in [*bad, "fine"]}
@@ -185,6 +187,7 @@ def test_a_run_that_raises_or_is_killed_costs_what_needs_it_and_no_other(tmp_pat
     assert sorted(row["arm"] for row in rows) == ["after fine", "fine", "on a stage, 0", "on a stage, 1"]
 
 
+@pytest.mark.quick
 @pytest.mark.once
 def test_stages_come_once_and_before_what_needs_them(tmp_path):
     stage, done = run_of(tmp_path, "stage"), run_of(tmp_path, "done")
@@ -296,6 +299,7 @@ for seed in range(150):
 """
 
 
+@pytest.mark.quick
 @pytest.mark.once
 def test_two_processes_that_append_150_rows_each_leave_300(tmp_path):
     path = tmp_path / "rows.jsonl"
@@ -442,6 +446,7 @@ def test_rows_from_before_a_field_of_the_key_came_in_still_count(tmp_path):
     assert [len(rows) for rows in settings.values()] == [2, 1, 1]
 
 
+@pytest.mark.quick
 @pytest.mark.once
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments" / "results").glob("*.jsonl")), ids=lambda path: path.stem)
 def test_published_rows_are_known_as_the_runs_that_they_are(path):

@@ -92,6 +92,7 @@ def test_resnet20_at_80_percent_runs_with_tensorflow_alone_as_sparse_as_reported
     assert report.gzip_bytes < export_saved_model(dense, tmp_path / "dense").gzip_bytes / 2
 
 
+@pytest.mark.quick
 def test_report_is_written_into_the_folder_and_prints_as_a_table(tmp_path):
     report = export_saved_model(pruned(tiny(), 0.5), tmp_path / "net")
     assert json.loads((tmp_path / "net" / "report.json").read_text()) == dataclasses.asdict(report)

@@ -130,6 +130,7 @@ def test_the_last_update_at_end_step_is_never_missed():
     assert kc.sparsity(model) == pytest.approx(0.75, abs=0.01)
 
 
+@pytest.mark.quick
 def test_without_a_schedule_what_is_zero_stays_zero_and_nothing_else():
     model = net()
     head = model.get_layer("head").kernel
@@ -152,6 +153,7 @@ def test_a_schedule_of_ones_own_computes_with_ops():
     assert sparsities.seen[2:] == pytest.approx([0.3] * 6, abs=0.01)
 
 
+@pytest.mark.quick
 def test_a_subclassed_model_is_pruned_its_own_kernel_included():
     model = prune(Subclassed(), scope="global")
     fit(model, epochs=2)
