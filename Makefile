@@ -1,9 +1,10 @@
-# Everything is run through here. Needs Python 3.11 or newer and make; the rest is installed into .venv.
+# Everything is run through here. Needs Python 3.11 or newer and make; the rest is installed into .venv, and for Torch
+# into .venv-torch.
 PYTHON ?= python3
 BIN := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help install demo test test-quick test-tensorflow test-jax lint format clean
+.PHONY: help install demo test test-quick test-tensorflow test-jax test-torch lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -20,7 +21,7 @@ demo: install  ## Figure 3 in small: six ways to augment a network while it is p
 	$(BIN)/python -m experiments.fig3_magnitude_decay --dataset=digits --seeds=0 --results=demo/fig3_digits.jsonl \
 		--out=demo/fig3_digits.png --checkpoints=demo/checkpoints --export=saved_models/resnet8_digits_p60
 
-test: test-tensorflow test-jax  ## run the tests on both backends
+test: test-tensorflow test-jax  ## run the tests on the TensorFlow and the JAX backend
 
 test-quick: install  ## the heart of every module, on TensorFlow, in about a minute
 	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -n 2 --dist loadfile -m quick
@@ -30,6 +31,16 @@ test-tensorflow: install
 
 test-jax: install
 	KERAS_BACKEND=jax $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-torch: .venv-torch/installed  ## run the tests on the Torch backend; not a part of `make test`
+	KERAS_BACKEND=torch .venv-torch/bin/python -m pytest -n 2 --dist loadfile
+
+# With a CPU build of torch, where pip finds one of that version, see CONTRIBUTING.md.
+.venv-torch/installed: setup.cfg pyproject.toml constraints.txt constraints-torch.txt
+	$(PYTHON) -m venv .venv-torch
+	.venv-torch/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -c constraints-torch.txt \
+		-e '.[torch,experiments,dev]'
+	touch $@
 
 lint: install  ## formatting, lint, types, and which module may import which
 	$(BIN)/ruff format --check .
@@ -42,4 +53,4 @@ format: install  ## format and fix what can be fixed
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove what the targets above made
-	rm -rf .venv demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-torch demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

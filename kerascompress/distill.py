@@ -1,5 +1,6 @@
 """Distillation in which the teacher chooses, among several augmentations of an image, what the student learns from."""
 
+import contextlib
 import operator
 import types
 from collections.abc import Callable
@@ -323,7 +324,8 @@ class Distiller(keras.Model):
             return kops.reshape(values, (n, -1, *values.shape[1:]))
 
         def logits(model):
-            return by_candidate(kops.cast(model(candidates, training=False), "float32"))
+            with _no_gradient():
+                return by_candidate(kops.cast(model(candidates, training=False), "float32"))
 
         views["images"] = by_candidate(candidates)
         views["teacher_logits"] = logits(self._held.runs)
@@ -425,6 +427,15 @@ class Distiller(keras.Model):
         return cls(**{**config, **parts})
 
 
+def _no_gradient():
+    """Torch prepares, and takes, the gradient of every variable, the teacher's too, unless it is told not to."""
+    if keras.backend.backend() != "torch":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.no_grad()
+
+
 @keras.saving.register_keras_serializable("kerascompress")
 class _CrossEntropy(keras.losses.Loss):
     def __init__(self, name="cross_entropy", **kwargs):
@@ -456,8 +467,10 @@ def _cross_entropy(labels, logits):
     log_probabilities = kops.log_softmax(kops.cast(logits, "float32"), axis=-1)
     if len(labels.shape) == 1 or labels.shape[1] == 1:
         labels = kops.cast(kops.reshape(labels, (-1,)), "int32")
-        loss = -kops.sum(kops.one_hot(labels, classes, dtype="float32") * log_probabilities, axis=-1)
-        return kops.where((labels >= 0) & (labels < classes), loss, float("nan"))  # no class: nothing to learn quietly
+        a_class = (labels >= 0) & (labels < classes)
+        of_class = kops.one_hot(kops.where(a_class, labels, 0), classes, dtype="float32")
+        loss = -kops.sum(of_class * log_probabilities, axis=-1)
+        return kops.where(a_class, loss, float("nan"))  # no class: nothing to learn quietly
     return -kops.sum(kops.cast(labels, "float32") * log_probabilities, axis=-1)
 
 

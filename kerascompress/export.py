@@ -8,6 +8,8 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 import tarfile
 import tempfile
 import warnings
@@ -292,6 +294,10 @@ def _write_saved_model(model, batches, folder) -> list[keras.Variable]:
         model(_structured(model, batches), training=False)
     weights = [variable for variable in model.variables if id(variable) in read.ids]
 
+    if keras.backend.backend() == "torch":
+        _write_in_another_process(model, batches, folder)
+        return weights
+
     def forward(values, images):
         with keras.StatelessScope(state_mapping=list(zip(weights, values, strict=True))):
             return model(images, training=False)
@@ -328,6 +334,30 @@ def _in_tensorflow(forward, model):
         with_gradient=False,
         native_serialization_platforms=("cpu", "cuda"),  # wherever it was trained
     )
+
+
+def _write_in_another_process(model, batches, folder) -> None:
+    """Has the backend of TensorFlow write what another backend cannot: through a `.keras` file."""
+    code = (
+        "import json, sys, keras, numpy as np; from kerascompress.export import _write_saved_model; "
+        "model = keras.saving.load_model(sys.argv[1], compile=False, safe_mode=False); "
+        "shapes = zip(json.loads(sys.argv[2]), model.inputs); "
+        "_write_saved_model(model, [np.zeros(shape, each.dtype) for shape, each in shapes], sys.argv[3])"
+    )
+    path = os.pathsep.join(sys.path)  # where the layers of the model may come from
+    environment = {"KERAS_BACKEND": "tensorflow", "CUDA_VISIBLE_DEVICES": "-1", "PYTHONPATH": path}
+    with tempfile.TemporaryDirectory() as temporary:
+        file = os.path.join(temporary, "model.keras")
+        model.save(file)
+        shapes = json.dumps([batch.shape for batch in batches])
+        command = [sys.executable, "-c", code, file, shapes, str(folder)]
+        done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise RuntimeError(
+            f"{model.name!r} is exported by another process with KERAS_BACKEND=tensorflow, which failed: {reason}. "
+            "Layers of your own must be written with `keras.ops`, and lie in a module that can be imported there."
+        )
 
 
 def _run_saved_model(folder, images):

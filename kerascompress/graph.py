@@ -216,9 +216,17 @@ def _with_parts_copied(model: keras.Model, copy_part: Callable[[Any], Any]) -> A
         )
 
     compiled = _keras_attributes()
-    for name, value in vars(model).items():
-        if name not in vars(new) and name not in compiled:
-            setattr(new, name, part(name, value))
+    turn = {id(layer): i for i, layer in enumerate(children(model))}
+
+    def by_turn(value):  # the order of weights is that of attributes, and Torch keeps those that are layers apart
+        if isinstance(value, dict | list | tuple):
+            return min(map(by_turn, value.values() if isinstance(value, dict) else value), default=-1)
+        return turn.get(id(value), -1)
+
+    attributes = _attributes(model)
+    own = [name for name in attributes if name not in _attributes(new) and name not in compiled]
+    for name in sorted(own, key=lambda name: by_turn(attributes[name])):
+        setattr(new, name, part(name, attributes[name]))
     new.built = model.built
     try:
         _assign(new, model)
@@ -236,7 +244,11 @@ def _keras_attributes() -> set[str]:
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     model.compile("sgd", "mse", metrics=["mae"], run_eagerly=True)
     model.fit(np.zeros((1, 1)), np.zeros((1, 1)), verbose=0)
-    return {*vars(model), "_build_shapes_dict"} - {"_functional"}
+    return {*_attributes(model), "_build_shapes_dict"} - {"_functional"}
+
+
+def _attributes(model: keras.Model) -> dict[str, Any]:
+    return {**vars(model), **vars(model).get("_modules", {})}
 
 
 def keep_config(layer: keras.Layer) -> None:

@@ -22,6 +22,8 @@ _FIXED_POINT = 65536.0  # Pillow walks through the source image in 16.16 fixed p
 
 def to_bytes(values):
     """Clip to 0..255 and cut fractions off (Pillow does not round)."""
+    if keras.backend.standardize_dtype(values.dtype) == "uint8":
+        return values
     return ops.cast(ops.clip(values, 0, 255), "uint8")
 
 
@@ -37,6 +39,11 @@ def lookup(images, tables):
     """
     batch, channels = ops.shape(tables)[0], tables.shape[1]
     start = 256 * ops.reshape(ops.arange(batch * channels, dtype="int32"), (-1, 1, 1, channels))
+    if keras.backend.backend() == "torch" and channels > 1:  # rows as one axis: it loops slowly over one of 3
+        height, width = images.shape[1:3]
+        rows = ops.reshape(ops.cast(images, "int32"), (batch, height, 1, width * channels))
+        rows = rows + ops.tile(start, (1, 1, 1, width))
+        return ops.reshape(gather(ops.reshape(tables, (-1,)), rows), (batch, height, width, channels))
     return gather(ops.reshape(tables, (-1,)), ops.cast(images, "int32") + start)
 
 
@@ -72,6 +79,10 @@ def warp(images, matrix, *, fill_value=0, interpolation="nearest"):
         source_x = ops.right_shift(a * x + (b * y + c), 16)
         source_y = ops.right_shift(d * x + (e * y + f), 16)
         inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
+        if keras.backend.backend() == "torch":  # one pixel more, the fill value: it loops slowly over an axis of 3
+            fill = ops.broadcast_to(ops.cast(fill_value, flat.dtype), (1, channels))
+            index = ops.where(inside, start + source_y * width + source_x, flat.shape[0])
+            return gather(ops.concatenate([flat, fill]), index)
         pixels = pick(ops.where(inside, source_x, 0), ops.where(inside, source_y, 0))
     else:
         x, y = ops.cast(x, "float32") + 0.5, ops.cast(y, "float32") + 0.5
@@ -274,4 +285,6 @@ def gather(values, indices):
         return tf.gather(values, indices)
     if keras.backend.backend() == "jax":
         return values.at[indices].get(mode="promise_in_bounds")
-    return ops.take(values, indices, axis=0)
+    import torch
+
+    return torch.index_select(values, 0, indices.reshape(-1)).reshape(*indices.shape, *values.shape[1:])

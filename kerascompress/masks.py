@@ -238,7 +238,7 @@ def _keep_blocks(kernel, sparsity, block_size, pooling_type):
         pooled = xp.max(in_blocks(xp, magnitudes), axis=(1, 3))
     else:
         weights = in_blocks(np, np.ones(magnitudes.shape, "float32")).sum(axis=(1, 3))
-        pooled = xp.sum(in_blocks(xp, magnitudes), axis=(1, 3)) / weights
+        pooled = xp.divide(xp.sum(in_blocks(xp, magnitudes), axis=(1, 3)), weights)
     mask, threshold = _keep_largest(pooled, sparsity)
     mask = xp.repeat(xp.repeat(mask, height, axis=0), width, axis=1)
     return mask[: magnitudes.shape[0], : magnitudes.shape[1]], threshold

@@ -1,12 +1,13 @@
 """How a batch is carried out: every image by the rows that it drew, in as many rounds as it drew rows.
 
 A row says what to do with an image, by one of three functions: `table`, `warp` or `pixels` (see `augment.Op`). A round
-is one of three functions too, with one result: `_single_round` for one image, `_fused_round` for accelerators and for
-sizes that a trace does not know, `_grouped_round` for processors.
+is one of four functions too, with one result: `_single_round` for one image, `_fused_round` for accelerators and for
+sizes that a trace does not know, `_grouped_round` for processors, `_eager_round` where nothing is compiled.
 """
 
 import functools
 import itertools
+import math
 
 import keras
 import numpy as np
@@ -36,6 +37,9 @@ def apply(rows, images, op, argument, *, good=True, value_range=(0, 255), fill_v
     dtype = keras.backend.standardize_dtype(images.dtype)
     if "float" not in dtype and dtype != "uint8":
         raise ValueError(f"RandAugment needs float images, or uint8 from 0 to 255. Received: {dtype} images.")
+    outside = {"fill_value": fill_value, "interpolation": interpolation}
+    if keras.backend.backend() == "torch":
+        return _run_eagerly(rows, images, op, argument, value_range, **outside)
     run = _engine(
         keras.backend.backend(),
         _on_cpu(),
@@ -44,8 +48,7 @@ def apply(rows, images, op, argument, *, good=True, value_range=(0, 255), fill_v
         dtype,
         op.shape[0],
         tuple(value_range),
-        fill_value=fill_value,
-        interpolation=interpolation,
+        **outside,
     )
     return run(images, op, argument, kops.convert_to_tensor(good))
 
@@ -126,6 +129,86 @@ def _fused_round(rows, images, op, argument, **outside):
         if row.pixels:
             result = kops.where((op == i)[:, None, None, None], _pixels(row, images, argument), result)
     return result
+
+
+# Values in a chunk of a batch: what is made of them on the way stays in the cache of a processor, and does not ask the
+# system for memory, which is slow to touch for the first time.
+_CHUNK_VALUES = 2**20
+
+
+def _run_eagerly(rows, images, op, argument, value_range, **outside):
+    """`apply` on Torch, where everything is known and is carried out as it is written."""
+    black, white = value_range
+    step = (white - black) / 255.0
+    dtype = keras.backend.standardize_dtype(images.dtype)
+
+    def to_levels(values):
+        values = kops.cast(values, "float32")
+        return image_ops.to_bytes(kops.round(values if (black, step) == (0, 1) else (values - black) / step))
+
+    def from_levels(levels):
+        values = kops.cast(levels, "float32")
+        return kops.cast(values if (black, step) == (0, 1) else values * step + black, dtype)
+
+    place = np.arange(images.shape[0])  # of every image in `levels`
+    levels = images if dtype == "uint8" else kops.concatenate(_in_chunks(to_levels, images, place))
+    for drawn, each in zip(kops.convert_to_numpy(op), argument, strict=True):
+        order, made = _eager_round(rows, levels, place, drawn, each, **outside)
+        place, levels = np.argsort(order), kops.concatenate(made)
+    return kops.concatenate(_in_chunks(from_levels if dtype != "uint8" else lambda levels: levels, levels, place))
+
+
+def _in_chunks(function, images, place, *others):
+    """`function(images[place], *others)`, chunk by chunk."""
+    size = max(_CHUNK_VALUES // math.prod(images.shape[1:]), 1)
+    chunks = [slice(first, first + size) for first in range(0, len(place), size)]
+    return [
+        function(image_ops.gather(images, kops.convert_to_tensor(place[at])), *(each[at] for each in others))
+        for at in chunks
+    ]
+
+
+def _eager_round(rows, images, place, op, argument, **outside):
+    """Where nothing is compiled: a row is given the images that drew it, so that they pay for no other.
+
+    Returns the order in which the images come out, and chunks of them.
+    """
+    height, width, channels = images.shape[1:]
+
+    def table(row, images, argument):
+        return kops.broadcast_to(row.table(images, argument), (images.shape[0], channels, 256))
+
+    def warp(images, matrices):
+        return image_ops.to_bytes(image_ops.warp(images, matrices, **outside))
+
+    order, made = [], []
+    for kind in KINDS:
+        drawn = [(row, np.flatnonzero(op == i)) for i, row in enumerate(rows) if row.kind == kind]
+        drawn = [
+            (row, which, image_ops.gather(argument, kops.convert_to_tensor(which)))
+            for row, which in drawn
+            if which.size
+        ]
+        if not drawn:
+            continue
+        order.append(np.concatenate([which for _, which, _ in drawn]))
+        if kind == "identity":
+            made += _in_chunks(lambda images: images, images, place[order[-1]])
+        elif kind == "table":
+            tables = [
+                each
+                for row, which, given in drawn
+                for each in _in_chunks(functools.partial(table, row), images, place[which], given)
+            ]
+            tables = image_ops.to_bytes(kops.concatenate(tables))
+            made += _in_chunks(image_ops.lookup, images, place[order[-1]], tables)
+        elif kind == "warp":
+            matrices = kops.concatenate([row.warp(given, height, width) for row, _, given in drawn])
+            made += _in_chunks(warp, images, place[order[-1]], matrices)
+        else:
+            for row, which, given in drawn:
+                made += _in_chunks(functools.partial(_pixels, row), images, place[which], given)
+    return np.concatenate(order), made
 
 
 _LOOK_AT = 16  # so many images of a batch tell its scale: all of them would cost a fifth of a round
@@ -259,7 +342,7 @@ def on_scale(images, value_range, name):
         "normalises them. Images of 0 to 255 that are almost black pass as uint8."
     )
     try:
-        seen = [float(value) for value in extremes]
+        seen = [float(kops.stop_gradient(value)) for value in extremes]
     except TypeError:  # while a step is being traced
         if keras.backend.backend() == "tensorflow":
             import tensorflow as tf

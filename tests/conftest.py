@@ -18,6 +18,10 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=f"needs the TensorFlow backend; this is {keras.backend.backend()}"))
         if item.get_closest_marker("once") and not on_tensorflow:
             item.add_marker(pytest.mark.skip(reason="says the same on every backend; run on TensorFlow"))
+        if item.get_closest_marker("compiled") and keras.backend.backend() == "torch":
+            item.add_marker(
+                pytest.mark.skip(reason="needs a compiled step, or several in one; Keras has none on Torch")
+            )
         if item.get_closest_marker("gpu") and not _has_gpu():
             item.add_marker(pytest.mark.skip(reason="needs an accelerator; this machine has none"))
 
@@ -75,4 +79,8 @@ def smoke_run():
 
 
 def _has_gpu() -> bool:
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return torch.cuda.is_available()
     return any("gpu" in device.lower() or "cuda" in device.lower() for device in keras.distribution.list_devices())

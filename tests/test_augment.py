@@ -273,7 +273,7 @@ class Losses(keras.callbacks.Callback):
         self.traces.append(Traced.traces)
 
 
-@pytest.mark.parametrize("jit_compile", [True, False])
+@pytest.mark.parametrize("jit_compile", [pytest.param(True, marks=pytest.mark.compiled), False])
 def test_an_assignment_acts_on_the_next_step_of_a_running_fit_without_a_retrace(jit_compile):
     if not jit_compile and keras.backend.backend() == "jax":
         pytest.skip("JAX traces nothing then")
@@ -286,7 +286,8 @@ def test_an_assignment_acts_on_the_next_step_of_a_running_fit_without_a_retrace(
     scheduler = MagnitudeScheduler(augment, lambda step: 30.0 if step == 3 else 0.0)
     model.fit(images, np.zeros(12), batch_size=2, verbose=0, callbacks=[scheduler, losses])
     np.testing.assert_allclose(np.diff(losses.total), [10, 10, 10, 245, 10, 10], rtol=1e-4)
-    assert losses.traces[1] == losses.traces[-1]
+    if keras.backend.backend() != "torch":  # there, every step is one
+        assert losses.traces[1] == losses.traces[-1]
     assert float(augment.magnitude.value) == 0.0
     assert float(model.evaluate(images, np.zeros(12), verbose=0)) == pytest.approx(10)
 
@@ -418,11 +419,12 @@ def test_images_on_another_scale_are_refused(layer, scale, dtype):
     for one_or_many in (images, images[0]):
         with pytest.raises(ValueError, match=rf"{layer} needs images with values in value_range=.*Received: values"):
             LAYERS[layer](value_range)(one_or_many, training=True)
-    np.testing.assert_array_equal(LAYERS[layer](value_range)(images, training=False), images)
+    untouched = LAYERS[layer](value_range)(images, training=False)
+    np.testing.assert_array_equal(ops.convert_to_numpy(untouched), ops.convert_to_numpy(images))
 
 
 @pytest.mark.parametrize("layer", [*LAYERS, "both"])
-@pytest.mark.parametrize("jit_compile", [True, False])
+@pytest.mark.parametrize("jit_compile", [pytest.param(True, marks=pytest.mark.compiled), False])
 def test_a_fit_on_another_scale_is_refused_and_in_a_step_compiled_by_xla_the_loss_is_nan(layer, jit_compile):
     chain = [LAYERS[name]() for name in ("RandomCrop", "RandAugment")]  # what is NaN by the first stays NaN
     model = mean_output(keras.Sequential(chain) if layer == "both" else LAYERS[layer]())

@@ -521,7 +521,13 @@ def invert_the_second_candidate(images, training):
 
 
 @pytest.mark.parametrize(
-    "run", [{"jit_compile": True}, {"steps_per_execution": 8, "jit_compile": False}, {"run_eagerly": True}], ids=str
+    "run",
+    [
+        pytest.param({"jit_compile": True}, marks=pytest.mark.compiled),
+        pytest.param({"steps_per_execution": 8, "jit_compile": False}, marks=pytest.mark.compiled),
+        {"run_eagerly": True},
+    ],
+    ids=str,
 )
 def test_it_trains_the_same_however_the_step_is_run(run):
     images, labels = data(32)

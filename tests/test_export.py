@@ -14,6 +14,10 @@ from kerascompress.augment import RandAugment
 from kerascompress.export import export_litert, export_saved_model
 from kerascompress.pruning import PruneLowMagnitude, prune_low_magnitude, update_masks
 
+pytestmark = pytest.mark.skipif(
+    keras.backend.backend() == "torch", reason="there, another process exports on TensorFlow, see test_backends.py"
+)
+
 
 def tiny(**kwargs):
     return models.resnet(8, 10, **{"input_shape": (8, 8, 1), "width": 4, "seed": 0} | kwargs)

@@ -115,7 +115,7 @@ class Steps(StepCallback):
     ("compile_kwargs", "accumulation", "expected"),
     [
         ({}, None, [0, 1, 2, 3, 4, 5, 6, 7, 8]),
-        ({"steps_per_execution": 2}, None, [0, 2, 4, 6, 8]),
+        pytest.param({"steps_per_execution": 2}, None, [0, 2, 4, 6, 8], marks=pytest.mark.compiled),
         ({}, 2, [0, 0, 1, 1, 2, 2, 3, 3, 4]),
     ],
 )
