@@ -10,6 +10,7 @@ from typing import Any
 from kerascompress import models
 from kerascompress.augment import Op, RandAugment, RandomCrop
 from kerascompress.callbacks import MagnitudeScheduler, PruningSummaries, UpdatePruningStep
+from kerascompress.channels import prune_channels
 from kerascompress.distill import Distiller, distillation_loss, select_candidates
 from kerascompress.export import export_litert, export_saved_model
 from kerascompress.optimizer import PruningOptimizer
@@ -40,6 +41,7 @@ __all__ = [
     "extend",
     "inherit",
     "models",
+    "prune_channels",
     "prune_low_magnitude",
     "prune_now",
     "search_magnitude",
