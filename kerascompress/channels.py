@@ -41,7 +41,7 @@ def prune_channels(
         importance: What tells which channels go. `"l2"` or `"l1"`: the norm of the filter that makes the channel, as a
             fraction of the mean norm in its layer, averaged over the layers of the group. `"batch_norm"`: the magnitude
             of BatchNorm's scale, and `"l2"` where there is none. Or a function `importance(layer, outputs)` of a layer
-            that makes channels and its outputs for `images` (None without) that returns a score for each channel.
+            whose channels may go and its outputs for `images` (None without) that returns a score for each channel.
         scope: `"layer"` removes the fraction from each group, `"global"` compares the channels of all.
         round_to: The channels that stay in a group are a multiple of it, rounded down, but at least one multiple.
             Devices like multiples of 4 or 8.
@@ -60,7 +60,7 @@ def prune_channels(
         >>> dense = kc.models.resnet20(10)
         >>> small = kc.prune_channels(dense, 0.5)
         >>> dense.count_params(), small.count_params()
-        (274042, 69562)
+        (274042, 69570)
         >>> small.get_layer("stage3_block2_conv2").filters
         32
 
@@ -105,7 +105,7 @@ def _scores(model, followed: Followed, roots, importance, images) -> np.ndarray:
         np.add.at(count, roots[labels], 1)
 
     if callable(importance):
-        for layer, score in _asked(model, followed, importance, images):
+        for layer, score in _asked(model, followed, roots, importance, images):
             add(followed.cuts[id(layer)][1].out, score)
         return total / np.maximum(count, 1)
     if importance == "batch_norm":
@@ -122,9 +122,9 @@ def _scores(model, followed: Followed, roots, importance, images) -> np.ndarray:
     return np.where(gates[1], gates[0], norms) if importance == "batch_norm" else norms
 
 
-def _asked(model, followed: Followed, importance, images):
-    """What a user's function says of each layer that makes channels, once for each call of the layer."""
-    makers = {id(layer): layer for layer, *_ in _makers(followed)}
+def _asked(model, followed: Followed, roots, importance, images):
+    """What a user's function says of each layer that makes channels which may go, for each call of the layer."""
+    makers = {id(layer): layer for layer, _, _, labels, _ in _makers(followed) if roots[labels].any()}
     answers = []
 
     def ask(layer, outputs):

@@ -6,80 +6,16 @@ takes in and gives out, and which axes of its weights they are, is a row of a ta
 """
 
 import dataclasses
-import functools
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
-from keras import layers, ops
+from keras import layers
 
 from kerascompress import graph
-
-FIXED = 0  # the label of whatever stays: images, logits, what cannot be followed
-
-
-# --- labels ---
-
-
-class Labels:
-    """Numbers that may turn out to stand for the same: a union-find, in which `FIXED` wins."""
-
-    def __init__(self, count: int = 1):
-        self.parents = list(range(count))
-
-    def new(self, count: int) -> np.ndarray:
-        labels = np.arange(len(self.parents), len(self.parents) + count)
-        self.parents.extend(labels.tolist())
-        return labels
-
-    def couple(self, *arrays: Any) -> None:
-        """Makes one what stands at the same place of the arrays."""
-        first, *others = np.broadcast_arrays(*arrays)
-        for other in others:
-            for pair in set(zip(first.ravel().tolist(), other.ravel().tolist(), strict=True)):
-                one, two = map(self._root, pair)
-                self.parents[max(one, two)] = min(one, two)
-
-    def _root(self, label: int) -> int:
-        while self.parents[label] != label:
-            self.parents[label] = label = self.parents[self.parents[label]]
-        return label
-
-    def roots(self) -> np.ndarray:
-        return np.array([self._root(label) for label in range(len(self.parents))])
-
-
-@dataclasses.dataclass
-class Tensor:
-    """What is known of a tensor, without its batch axis."""
-
-    labels: np.ndarray  # of its elements; size 1 along an axis on which nothing depends
-    shape: tuple[int | None, ...]
-    # Where labels depend on several axes, channels are only being moved: from this tensor, from these positions in it.
-    origin: "tuple[Tensor, np.ndarray] | None" = None
-
-    @property
-    def axes(self) -> list[int]:
-        return [axis for axis, size in enumerate(self.labels.shape) if size > 1]
-
-    def along(self, axis: int) -> np.ndarray | None:
-        """The label of each channel on an axis, or None if labels depend on another one or the size is unknown."""
-        size = self.shape[axis]
-        if any(each != axis for each in self.axes) or size is None:
-            return None
-        return np.broadcast_to(self.labels.ravel(), (size,))
-
-    def rectangle(self, alive: np.ndarray) -> tuple[int | None, ...] | None:
-        """The shape of what is left, or None if that is none."""
-        left = alive[self.labels]
-        sides = [left.any(axis=tuple(i for i in range(left.ndim) if i != axis)) for axis in range(left.ndim)]
-        if not np.array_equal(left, functools.reduce(np.logical_and.outer, sides, np.array(True))):
-            return None
-        return tuple(int(s.sum()) if len(s) > 1 else n for s, n in zip(sides, self.shape, strict=True))
-
+from kerascompress.labels import FIXED, MOVE_OPS, MOVES, Labels, Move, Tensor, fixed, move, name_of_node, vector
 
 # --- the table: kind of layer -> labels out, labels of the axes of its weights, numbers of its config ---
 
@@ -94,7 +30,7 @@ class Cut:
 
 
 def _convolution(layer, x, labels):
-    if layer.groups == len(x):  # every channel by itself, as a depthwise one
+    if layer.groups == len(x) > 1:  # every channel by itself, as a depthwise one
         out = np.repeat(x, layer.filters // len(x))
         return Cut(out, {"kernel": {-1: out}, "bias": {0: out}}, {"filters": out, "groups": x})
     inputs, *others = np.split(x, layer.groups)  # every group loses the same
@@ -125,7 +61,8 @@ def _dense(layer, x, labels):
 
 
 def _normalisation(layer, x, labels):
-    return Cut(x, {name: {-1: x} for name in ("gamma", "beta", "scale", "moving_mean", "moving_variance")})
+    names = ("gamma", "beta", "moving_mean", "moving_variance")
+    return Cut(x, {name: {-1: x} for name in (("scale",) if type(layer) is layers.RMSNormalization else names)})
 
 
 def _group_normalisation(layer, x, labels):
@@ -174,7 +111,6 @@ GLOBAL_POOLING = (
     *(layers.GlobalMaxPooling1D, layers.GlobalMaxPooling2D, layers.GlobalMaxPooling3D),
 )
 TOGETHER = (layers.Add, layers.Subtract, layers.Multiply, layers.Average, layers.Maximum, layers.Minimum)
-MOVES = (layers.Flatten, layers.Reshape, layers.Permute)
 # Nodes of `keras.ops`, by the names of their classes.
 SAME_OPS = (
     *("Abs", "Absolute", "Cast", "Clip", "Elu", "Exp", "Gelu", "HardSigmoid", "HardSilu", "HardTanh", "Identity"),
@@ -182,8 +118,6 @@ SAME_OPS = (
     *("Softsign", "Sqrt", "Square", "StopGradient", "Tanh"),
 )
 TOGETHER_OPS = ("Add", "Subtract", "Multiply", "Divide", "TrueDivide", "Maximum", "Minimum")
-IN_ORDER_OPS = ("Reshape", "Transpose", "Squeeze", "ExpandDims", "Swapaxes", "Moveaxis")
-MOVE_OPS = (*IN_ORDER_OPS, "Split", "GetItem", "Repeat", "Flip", "Roll", "Take")
 REDUCTIONS = ("Mean", "Sum", "Max", "Min")
 ACROSS_CHANNELS = ("softmax", "log_softmax", "sparsemax", "sparse_softmax", "glu")  # activations
 
@@ -213,7 +147,7 @@ class Followed:
         self.inputs: dict[int, Tensor] = {}
         self.seen: list[np.ndarray] = []
         self._lost: list[tuple[str, np.ndarray]] = []
-        for tensor in self._enter(model, [_fixed(each) for each in model.inputs]):
+        for tensor in self._enter(model, [fixed(each) for each in model.inputs]):
             self.labels.couple(tensor.labels, FIXED)
         for layer in ignored:
             if id(layer) in self.cuts:
@@ -235,13 +169,13 @@ class Followed:
         outputs = self._outputs(operation, tensors, node)
         if outputs is None:
             self._lost += [(operation.name, tensor.labels) for tensor in tensors]
-            outputs = [_fixed(each) for each in node.outputs]
+            outputs = [fixed(each) for each in node.outputs]
         self.seen += [tensor.labels for tensor in outputs]
         return outputs
 
     def _outputs(self, operation, tensors, node) -> list[Tensor] | None:
         """The outputs of a call, or None if it cannot be followed."""
-        kind, name = type(operation), _name_of_node(operation)
+        kind, name = type(operation), name_of_node(operation)
         if kind is layers.Concatenate or name == "Concatenate":
             return self._concatenated(operation, tensors, node)
         if kind in TOGETHER or name in TOGETHER_OPS:
@@ -271,7 +205,7 @@ class Followed:
         self.cuts.setdefault(id(layer), (layer, cut))
         if not _is_elementwise(layer):
             self._lost.append((layer.name, cut.out))
-        return [_vector(cut.out, axis, node.outputs[0])]
+        return [vector(cut.out, axis, node.outputs[0])]
 
     def _same(self, operation, tensor, node):
         axis = _channel_axis(operation, tensor)
@@ -297,7 +231,7 @@ class Followed:
         if axis in over or -1 in over:
             return None
         keeps = len(node.outputs[0].shape) == rank + 1
-        return [_vector(x, axis if keeps else axis - sum(each < axis for each in over), node.outputs[0])]
+        return [vector(x, axis if keeps else axis - sum(each < axis for each in over), node.outputs[0])]
 
     def _together(self, tensors, node):
         shape = tuple(node.outputs[0].shape[1:])
@@ -327,39 +261,18 @@ class Followed:
             return None
         if not any(each != axis for tensor in tensors for each in tensor.axes):
             parts = [tensor.along(axis) for tensor in tensors]
-            return None if any(x is None for x in parts) else [_vector(np.concatenate(parts), axis, node.outputs[0])]
+            return None if any(x is None for x in parts) else [vector(np.concatenate(parts), axis, node.outputs[0])]
         if any(axis in tensor.axes for tensor in tensors):
             return None
         self.labels.couple(*(tensor.labels for tensor in tensors))  # further positions of the same channels
         return [Tensor(max((tensor.labels for tensor in tensors), key=np.size), shape)]
 
     def _moved(self, operation, tensor, node):
-        """Lets the operation itself move the positions of the elements."""
-        sizes = _sizes(tensor)
-        positions = np.arange(math.prod(sizes), dtype="int32").reshape(1, *sizes)
-        args, kwargs = graph.arguments(node, [ops.convert_to_tensor(positions)])
-        moved = [ops.convert_to_numpy(each)[0] for each in keras.tree.flatten(operation(*args, **kwargs))]
-        source, index = tensor.origin or (tensor, positions)
-        labels = np.broadcast_to(tensor.labels, sizes).ravel()
-        outputs: list[Tensor] = []
-        takes: list[np.ndarray | None] = []
-        for each, symbolic in zip(moved, node.outputs, strict=True):
-            out = Tensor(_compact(labels[each]), tuple(symbolic.shape[1:]))
-            if len(out.shape) != each.ndim or any(out.shape[axis] is None for axis in out.axes):
-                return None
-            index_of_source = index.ravel()[each]
-            take = _as_take(source, index_of_source, out)
-            if not _may_move(operation, tensor, out, take):
-                return None
-            if len(out.axes) > 1:
-                out.origin = (source, index_of_source)
-            alone = tensor.origin is None and (_keeps_order(operation) or _unchanged(tensor, out))
-            outputs.append(out)
-            takes.append(None if alone or out.origin else take)
-        if id(operation) in self.moves:  # shared, and the other call may lose others
+        moved = None if id(operation) in self.moves else move(operation, tensor, node)
+        if moved is None:  # also where it is shared: the other call may lose others
             return None
-        self.moves[id(operation)] = Move(operation, tensor, outputs, takes)
-        return outputs
+        self.moves[id(operation)] = moved
+        return moved.outputs
 
     def _leave_whole(self, model) -> None:
         roots = self.labels.roots()
@@ -373,119 +286,7 @@ class Followed:
             )
 
 
-# --- channels that are only moved ---
-
-
-@dataclasses.dataclass
-class Move:
-    """An operation that moves channels. `takes` has what it takes from the source of `tensor`, None for itself."""
-
-    operation: Any
-    tensor: Tensor
-    outputs: list[Tensor]
-    takes: list[np.ndarray | None]
-
-    def replay(self, alive: np.ndarray) -> Any:
-        """What does the same to the channels that are left; None if the operation does."""
-        if all(alive[each.labels].all() for each in (self.tensor, *self.outputs)):
-            return None
-        to = self.outputs[0].rectangle(alive)
-        is_layer = isinstance(self.operation, keras.Layer)
-        if to is None:  # nothing is moved before it can be done at once
-            new: Any = layers.Identity(name=self.operation.name)
-        elif self.takes[0] is None or (_keeps_order(self.operation) and self.tensor.rectangle(alive) is not None):
-            return self._reshaped(to)
-        else:
-            new = self._taken(alive)
-        return new if is_layer else lambda x, *args, **kwargs: new(x)
-
-    def _reshaped(self, shape):
-        key = {layers.Reshape: "target_shape"}.get(type(self.operation), "newshape")
-        config = self.operation.get_config()
-        if key not in config:
-            return None
-        target = tuple(config[key])
-        batch = target[: len(target) - len(shape)]
-        free = [old if old == -1 else new for old, new in zip(target[len(batch) :], shape, strict=True)]
-        return type(self.operation).from_config({**config, key: (*batch, *free)})
-
-    def _taken(self, alive):
-        source = self.tensor.origin[0] if self.tensor.origin else self.tensor
-        axis = _channel_axis(None, source)
-        x: Any = source.along(axis)
-        position = np.cumsum(alive[x]) - 1
-        indices = [position[take[alive[x[take]]]] for take in self.takes if take is not None]
-        inputs = keras.Input(source.rectangle(alive))
-        ends = np.cumsum([len(each) for each in indices])
-        if (
-            len(indices) > 1
-            and np.array_equal(np.concatenate(indices), np.arange(ends[-1]))
-            and ends[-1] == alive[x].sum()
-        ):
-            outputs = ops.split(inputs, ends[:-1].tolist(), axis=axis + 1)
-        else:
-            outputs = [ops.take(inputs, each.astype("int32"), axis=axis + 1) for each in indices]
-        return keras.Model(inputs, outputs if len(outputs) > 1 else outputs[0], name=self.operation.name)
-
-
 # --- helpers ---
-
-
-def _fixed(symbolic) -> Tensor:
-    shape = tuple(symbolic.shape[1:])
-    return Tensor(np.full((1,) * len(shape), FIXED), shape)
-
-
-def _vector(x, axis, symbolic) -> Tensor:
-    shape = tuple(symbolic.shape[1:])
-    return Tensor(_compact(x.reshape([-1 if i == axis else 1 for i in range(len(shape))])), shape)
-
-
-def _compact(labels: np.ndarray) -> np.ndarray:
-    for axis in range(labels.ndim):
-        first = labels.take([0], axis)
-        labels = first if (labels == first).all() else labels
-    return labels
-
-
-def _sizes(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(size or 2 for size in tensor.shape)  # any number where it is free
-
-
-def _name_of_node(operation) -> str:
-    of_ops = not isinstance(operation, keras.Layer) and type(operation).__module__.startswith("keras.src.ops.")
-    return type(operation).__name__ if of_ops else ""
-
-
-def _keeps_order(operation) -> bool:
-    return isinstance(operation, MOVES) or _name_of_node(operation) in IN_ORDER_OPS
-
-
-def _unchanged(tensor: Tensor, out: Tensor) -> bool:
-    return len(out.axes) < 2 and np.array_equal(tensor.labels.ravel(), out.labels.ravel())
-
-
-def _may_move(operation, tensor: Tensor, out: Tensor, take: np.ndarray | None) -> bool:
-    """Whether what is left can be moved whichever channels go."""
-    several = len(out.axes) > 1
-    if not _keeps_order(operation):
-        return tensor.origin is None and not several and (take is not None or _unchanged(tensor, out))
-    if tensor.origin is None:
-        return True
-    turns = not isinstance(operation, layers.Reshape) and _name_of_node(operation) != "Reshape"
-    return turns if several else take is not None
-
-
-def _as_take(source: Tensor, index: np.ndarray, out: Tensor) -> np.ndarray | None:
-    """Which channels of the source these positions are, if they are whole channels in their places."""
-    axis, sizes = _channel_axis(None, source), _sizes(source)
-    if index.ndim != len(sizes) or any(
-        i != axis and n != m for i, (n, m) in enumerate(zip(sizes, index.shape, strict=True))
-    ):
-        return None
-    take = np.moveaxis(np.unravel_index(index, sizes)[axis], axis, 0).reshape(index.shape[axis], -1)[:, 0]
-    everything = np.arange(math.prod(sizes)).reshape(sizes)
-    return take if np.array_equal(everything.take(take, axis), index) else None
 
 
 def _channel_axis(operation, tensor: Tensor) -> int:
@@ -496,7 +297,7 @@ def _channel_axis(operation, tensor: Tensor) -> int:
         return last if last in axes else axes[0]
     if type(operation) in ROWS or hasattr(operation, "data_format"):
         return 0 if getattr(operation, "data_format", "") == "channels_first" else last
-    return tensor.axes[0] if tensor.axes else last
+    return tensor.axis
 
 
 def _is_elementwise(layer) -> bool:
