@@ -19,7 +19,7 @@ import numpy as np
 
 from kerascompress import graph, latency, litert
 from kerascompress.costs import Summary, facts
-from kerascompress.pruning import strip_pruning
+from kerascompress.pruning import kernels_of, strip_pruning
 
 # Largest difference of an output as a fraction of its largest value, by quantisation. On a GPU, convolutions in float32
 # round to 10 bits of mantissa.
@@ -130,7 +130,8 @@ def export_litert(
     In float32 and float16, kernels with 30 % zeros or more are stored in LiteRT's sparse format, so the file itself
     shrinks. What runs faster, too: dense layers pruned in `block_size=(4, 1)`, from about .7 on and for batches of a
     few rows, not (1, 4) and not single weights; what `LatencyPolicy` prunes, on Arm; and channels that are gone
-    (`prune_channels`), everywhere. With int8 nothing is stored sparsely, because LiteRT computes garbage then.
+    (`prune_channels`), everywhere. With int8, and with float16 where a dense layer is in blocks, nothing is stored
+    sparsely, because LiteRT computes garbage then.
 
     Args:
         model: As for `export_saved_model`.
@@ -170,13 +171,13 @@ def export_litert(
         saved_model = new.with_name("saved_model")
         weights = _write_saved_model(small, batches, saved_model)
         samples = functools.partial(litert.batches, named, small.inputs[0].shape[0] or 1)
-        new.write_bytes(litert.convert(saved_model, quantize, samples))
+        kernels = [kernel for kernel in kernels_of(small) if any(kernel is weight for weight in weights)]
+        sparse = latency.stores_sparsely(kernels, quantize)
+        new.write_bytes(litert.convert(saved_model, quantize, samples, sparse=sparse))
         checked = _checked(small, litert.run(new, named), expected, quantize)
         report = _report(small, weights, new, checked)
-        kernels = [weight for weight in weights if weight.path in {row["name"] for row in report.kernels}]
-        verdicts = dict(zip([each.path for each in kernels], latency.execution(small, kernels, quantize), strict=True))
-        for row in report.kernels:
-            row["execution"] = verdicts[row["name"]]
+        for row, verdict in zip(report.kernels, latency.execution(small, kernels, quantize), strict=True):
+            row["execution"] = verdict
         if latency_runs:
             dense = new.with_name("dense.tflite")
             dense.write_bytes(litert.convert(saved_model, None, samples, sparse=False))

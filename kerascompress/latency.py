@@ -1,7 +1,6 @@
 """Which zeros a device skips: what LiteRT and XNNPACK execute sparsely, and a policy that prunes just that."""
 
 import dataclasses
-from typing import Any
 
 import keras
 import numpy as np
@@ -166,30 +165,30 @@ def _padding(layer) -> int:
 # --- the report ---
 
 
+def stores_sparsely(kernels: list[keras.Variable], quantize: str | None) -> bool:
+    """Whether LiteRT can run a file in which kernels with many zeros are stored sparsely.
+
+    With int8 it computes garbage, or fails to begin. With float16 it reads kernels in blocks as if they were float32.
+    """
+    blocks = [kernel for kernel in kernels if len(kernel.shape) == 2 and _in_blocks(_numpy(kernel))]
+    return quantize is None or (quantize == "float16" and not blocks)
+
+
 def execution(model: keras.Model, kernels: list[keras.Variable], quantize: str | None) -> list[str]:
     """For each kernel, whether LiteRT executes its zeros sparsely, only stores them so, or neither, and why."""
+    if not stores_sparsely(kernels, quantize):
+        what = "float16 and blocks of zeros" if quantize == "float16" else "int8 and sparse storage"
+        return [f"dense: LiteRT cannot run {what}"] * len(kernels)
     cluster = find_cluster(model)
-    ones = [np.asarray(layer.kernel) for layer in cluster.layers]
-    zeros = sum((each == 0).sum() for each in ones) / max(sum(each.size for each in ones), 1)
+    ones = [_numpy(layer.kernel) for layer in cluster.layers]
+    zeros = sum(int((each == 0).sum()) for each in ones) / max(sum(each.size for each in ones), 1)
     in_cluster = {id(layer.kernel) for layer in cluster.layers if not cluster.obstacles}
     dense = {id(layer.kernel) for layer in graph.walk(model) if isinstance(layer, layers.Dense) and layer.built}
-    return [
-        _verdict(
-            np.asarray(keras.ops.convert_to_numpy(kernel.value)),
-            id(kernel) in dense,
-            id(kernel) in in_cluster,
-            zeros,
-            quantize,
-        )
-        for kernel in kernels
-    ]
+    return [_verdict(_numpy(each), id(each) in dense, id(each) in in_cluster, zeros) for each in kernels]
 
 
-def _verdict(weights: np.ndarray, is_dense: bool, in_cluster: bool, zeros_of_cluster: float, quantize: Any) -> str:
-    sparsity = float((weights == 0).mean())
-    if quantize in ("dynamic", "int8"):
-        return "dense: int8 and sparse storage do not go together in LiteRT"
-    if sparsity < LEAST_SPARSITY:
+def _verdict(weights: np.ndarray, is_dense: bool, in_cluster: bool, zeros_of_cluster: float) -> str:
+    if (weights == 0).mean() < LEAST_SPARSITY:
         return f"dense: fewer than {LEAST_SPARSITY:.0%} zeros"
     if weights.ndim not in (2, 4):
         return f"dense: LiteRT stores kernels of 2 or 4 axes sparsely, not of {weights.ndim}"
@@ -199,16 +198,18 @@ def _verdict(weights: np.ndarray, is_dense: bool, in_cluster: bool, zeros_of_clu
         return f"stored: the 1x1 kernels have {zeros_of_cluster:.0%} zeros; XNNPACK skips them from 67% on"
     if weights.ndim == 4:
         return "stored: no 1x1 convolution that XNNPACK runs sparsely"
-    if not is_dense:
-        return "stored: no dense layer"
-    if quantize == "float16":
-        return "stored: LiteRT skips blocks in float32"
-    if _sparsity_in_blocks(weights) >= LEAST_IN_BLOCKS * sparsity:
+    if is_dense and _in_blocks(weights):
         return "sparse: in blocks of (4, 1); it pays for batches of a few rows"
-    return "stored: the zeros are not in blocks of (4, 1)"
+    return "stored: the zeros are not in blocks of (4, 1)" if is_dense else "stored: no dense layer"
 
 
-def _sparsity_in_blocks(weights: np.ndarray) -> float:
-    """The fraction of four neighbouring inputs of an output, from the first on, whose weights are all zero."""
+def _in_blocks(weights: np.ndarray) -> bool:
+    """Whether LiteRT's converter takes the zeros for blocks, which are four neighbouring inputs of an output."""
+    zeros = float((weights == 0).mean())
     padded = np.pad(weights != 0, [(0, -len(weights) % 4), (0, 0)])
-    return float(1 - padded.reshape(-1, 4, weights.shape[1]).any(axis=1).mean())
+    blocks = 4 * int(padded.reshape(-1, 4, weights.shape[1]).any(axis=1).sum())
+    return zeros >= LEAST_SPARSITY and 1 - blocks / weights.size > LEAST_IN_BLOCKS * zeros
+
+
+def _numpy(variable: keras.Variable) -> np.ndarray:
+    return keras.ops.convert_to_numpy(variable.value)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 
 QUANTIZATIONS = (None, "float16", "dynamic", "int8")
@@ -32,8 +33,8 @@ def check(quantize: Any, images: Any, latency_runs: int) -> None:
         raise ValueError("`latency_runs` needs LiteRT's own interpreter: `pip install kerascompress[litert]`.")
 
 
-def convert(saved_model: Path, quantize: str | None, samples: Callable[[], Any], *, sparse: bool = True) -> bytes:
-    """The file of a SavedModel; int8 and sparse storage, which LiteRT cannot run together, are never combined.
+def convert(saved_model: Path, quantize: str | None, samples: Callable[[], Any], *, sparse: bool) -> bytes:
+    """The file of a SavedModel.
 
     Args:
         saved_model: Its folder.
@@ -44,12 +45,8 @@ def convert(saved_model: Path, quantize: str | None, samples: Callable[[], Any],
     import tensorflow as tf
 
     converter = tf.lite.TFLiteConverter.from_saved_model(str(saved_model))
-    optimizations = []
-    if quantize:
-        optimizations.append(tf.lite.Optimize.DEFAULT)
-    if sparse and quantize in (None, "float16"):
-        optimizations.append(tf.lite.Optimize.EXPERIMENTAL_SPARSITY)
-    converter.optimizations = optimizations
+    chosen = {tf.lite.Optimize.DEFAULT: bool(quantize), tf.lite.Optimize.EXPERIMENTAL_SPARSITY: sparse}
+    converter.optimizations = [each for each, wanted in chosen.items() if wanted]
     if quantize == "float16":
         converter.target_spec.supported_types = [tf.float16]
     if quantize == "int8":
@@ -57,7 +54,15 @@ def convert(saved_model: Path, quantize: str | None, samples: Callable[[], Any],
         converter.representative_dataset = samples
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Statistics for quantized inputs were expected", UserWarning)
-        return converter.convert()
+        try:
+            return converter.convert()
+        except Exception as error:  # the converter's own class is in no public module
+            if keras.backend.backend() == "tensorflow":
+                raise
+            raise RuntimeError(
+                f"LiteRT's converter does not know all that {keras.backend.backend()} makes of this network. Save the "
+                "model, load it in a process with KERAS_BACKEND=tensorflow, and export it there."
+            ) from error
 
 
 def run(file: Path, named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -438,10 +438,14 @@ def test_the_smaller_network_is_saved_pruned_further_and_exported(tmp_path, buil
     loaded = keras.saving.load_model(tmp_path / "small.keras")
     np.testing.assert_allclose(outputs(loaded, x), outputs(small, x), rtol=1e-5)
     smaller = prune_channels(loaded, 0.5)
-    report = kc.export_litert(kc.prune_now(smaller, 0.5), tmp_path / "small.tflite")
+    report = kc.export_saved_model(smaller, tmp_path / "small")
     assert report.macs == kc.summary(smaller).macs < kc.summary(small).macs / 2
     assert report.parameters == smaller.count_params() < small.count_params() / 2
-    kc.export_saved_model(smaller, tmp_path / "small")
+    if build is moved_channels and keras.backend.backend() == "jax":  # LiteRT does not know JAX' gather
+        with pytest.raises(RuntimeError, match="KERAS_BACKEND=tensorflow, and export it there"):
+            kc.export_litert(smaller, tmp_path / "small.tflite")
+    else:
+        assert kc.export_litert(kc.prune_now(smaller, 0.5), tmp_path / "small.tflite").macs == report.macs
 
 
 def test_the_smaller_network_learns_from_the_larger():
