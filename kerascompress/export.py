@@ -213,6 +213,12 @@ def _check_and_strip(model, images) -> tuple[keras.Model, list[np.ndarray], dict
     if isinstance(model, keras.Model) and not model.built:
         raise ValueError(f"Build or call the model before exporting it. Received: {model.name!r}, which is not built.")
     small = strip_pruning(model)
+    if not graph.is_graph(small):
+        raise ValueError(
+            "A subclassed model does not tell what its inputs are. "
+            f"Received: {model.name!r} of type {type(model).__name__}. Export one around it: "
+            "`inputs = keras.Input(shape)`, then `keras.Model(inputs, model(inputs))`."
+        )
     batches = _batches(small, images)
     expected = _named(small(_structured(small, batches), training=False))
     if not all(np.isfinite(output).all() for output in expected.values()):

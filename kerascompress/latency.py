@@ -90,7 +90,13 @@ def find_cluster(model: keras.Model) -> Cluster:
         layer = operation.layer if isinstance(operation, PruneLowMagnitude) else operation
         inside = [place == INSIDE for place, _ in values]
         if any(inside):
-            after = _inside(layer, [pad for _, pad in values], node)
+            after = _inside(layer, values[0][1], node)
+            if (
+                any(pad for _, pad in values)
+                and not isinstance(after, str)
+                and type(layer) is not layers.DepthwiseConv2D
+            ):
+                after = "takes what is padded, which only a depthwise convolution may"
             if isinstance(after, str):
                 cluster.obstacles.append(f"{layer.name!r} {after}")
                 after = (OUTSIDE, 0)
@@ -120,13 +126,11 @@ def _is_stem(layer, values, node) -> bool:
     )
 
 
-def _inside(layer, pads, node) -> tuple[str, int] | str:
+def _inside(layer, pad, node) -> tuple[str, int] | str:
     """Where the tensor is after a layer in the cluster, and how far it is padded; or why the layer cannot be in it."""
     name = type(layer).__name__
     if type(layer) is layers.DepthwiseConv2D:
-        return (INSIDE, 0) if _is_symmetric(layer, pads[0]) else "is padded unevenly, or is no plain 3x3 or 5x5 one"
-    if any(pads):
-        return "takes what is padded, which only a depthwise convolution may"
+        return (INSIDE, 0) if _is_symmetric(layer, pad) else "is padded unevenly, or is no plain 3x3 or 5x5 one"
     if isinstance(layer, layers.ZeroPadding2D):
         return (INSIDE, _padding(layer)) if _padding(layer) else "pads unevenly"
     if type(layer) is layers.Conv2D:

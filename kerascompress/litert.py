@@ -54,6 +54,7 @@ def convert(saved_model: Path, quantize: str | None, samples: Callable[[], Any],
         converter.representative_dataset = samples
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Statistics for quantized inputs were expected", UserWarning)
+        warnings.filterwarnings("ignore", r"\s*Warning: tf.lite.Interpreter is deprecated", UserWarning)  # to calibrate
         try:
             return converter.convert()
         except Exception as error:  # the converter's own class is in no public module
