@@ -217,7 +217,11 @@ def _without(model, followed: Followed, alive) -> keras.Model:
         if cut is None or all(alive[labels].all() for labels in _axes(cut)):
             return graph.copy(old)
         sizes = {key: int(alive[labels].sum()) for key, labels in cut.sizes.items()}
-        new = type(old).from_config({**old.get_config(), **sizes})
+        config = old.get_config()
+        initial = dict.fromkeys(
+            (key for key in config if key.endswith("_initializer")), "zeros"
+        )  # quicker, and any shape
+        new = type(old).from_config({**config, **initial, **sizes})
         pairs.append((old, new, cut))
         return new
 
@@ -228,6 +232,9 @@ def _without(model, followed: Followed, alive) -> keras.Model:
 
     small = graph.rebuild(model, replace, replace_input=replace_input)
     for old, new, cut in pairs:
+        for key in old.get_config():
+            if key.endswith("_initializer"):
+                setattr(new, key, getattr(old, key))
         named = {id(getattr(old, name, None)): axes for name, axes in cut.axes.items()}
         for one, other in zip(new.variables, old.variables, strict=True):
             weights = ops.convert_to_numpy(other.value)
