@@ -152,9 +152,11 @@ def chart(by_network, path):
     figure, panels = plt.subplots(1, len(by_network), figsize=(7 * len(by_network), 4.5), layout="constrained")
     for axes, (name, rows) in zip(np.atleast_1d(panels), by_network.items(), strict=True):
         for row in rows:
-            place = row["median"], 100 * row["accuracy"]
-            axes.scatter(*place, s=400 * row["gzip_bytes"] / rows[0]["gzip_bytes"])
-            axes.annotate(row["arm"], place, fontsize=8, xytext=(6, 4), textcoords="offset points")
+            area = 400 * row["gzip_bytes"] / rows[0]["gzip_bytes"]
+            axes.scatter(row["median"], 100 * row["accuracy"], area, alpha=0.7, label=row["arm"])
+        legend = axes.legend(fontsize=8, markerscale=1)
+        for handle in legend.legend_handles:
+            handle.set_sizes([40])
         axes.set(title=f"{name}: area is the size after gzip", xlabel="ms, one thread, batch 1", ylabel="accuracy, %")
     figure.savefig(path, dpi=120)
 
