@@ -9,7 +9,7 @@ import numpy as np
 from keras import layers, ops
 
 from kerascompress import graph
-from kerascompress.pruning import kernels_of, prunable_weights, strip_pruning
+from kerascompress.pruning import PruneLowMagnitude, kernels_of, prunable_weights, strip_pruning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,8 @@ def summary(model: keras.Model) -> Summary:
         >>> f"{kc.summary(dense).macs:,} {kc.summary(kc.prune_channels(dense, 0.5)).macs:,}"
         '40,813,184 10,314,048'
     """
-    small = strip_pruning(model)
+    plain = isinstance(model, keras.Model) and not any(isinstance(x, PruneLowMagnitude) for x in graph.walk(model))
+    small = model if plain else strip_pruning(model)
     if not small.built:
         raise ValueError(f"Build or call the model first. Received: {model.name!r}, which is not built.")
     return Summary(**facts(small, small.weights))

@@ -192,8 +192,8 @@ class Followed:
 
     def _cut(self, layer, tensor, node):
         axis = _channel_axis(layer, tensor)
-        x = None if axis is None or getattr(layer, "quantization_mode", None) else tensor.along(axis)
-        if x is None:
+        x = tensor.along(axis)
+        if x is None or getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False):
             return None
         cut = ROWS[type(layer)](layer, x, self.labels)
         if id(layer) in self.cuts:  # a shared layer: what one call loses, all do
@@ -205,11 +205,14 @@ class Followed:
         self.cuts.setdefault(id(layer), (layer, cut))
         if not _is_elementwise(layer):
             self._lost.append((layer.name, cut.out))
+        if node.outputs[0].shape[axis + 1] != len(cut.out):  # an activation that joins channels
+            return [fixed(node.outputs[0])]
         return [vector(cut.out, axis, node.outputs[0])]
 
     def _same(self, operation, tensor, node):
         axis = _channel_axis(operation, tensor)
-        if tensor.along(axis) is None or len(node.outputs[0].shape) != len(tensor.shape) + 1:
+        shape = tuple(node.outputs[0].shape[1:])
+        if tensor.along(axis) is None or len(shape) != len(tensor.shape) or shape[axis] != tensor.shape[axis]:
             return None
         noise = getattr(operation, "noise_shape", None) or ()
         if len(noise) > axis + 1 and noise[axis + 1] not in (None, 1):
@@ -218,7 +221,7 @@ class Followed:
             return None
         if not _is_elementwise(operation):
             self._lost.append((operation.name, tensor.labels))
-        return [Tensor(tensor.labels, tuple(node.outputs[0].shape[1:]))]
+        return [Tensor(tensor.labels, shape)]
 
     def _reduced(self, operation, tensor, node):
         axis, rank = _channel_axis(operation, tensor), len(tensor.shape)
@@ -268,8 +271,11 @@ class Followed:
         return [Tensor(max((tensor.labels for tensor in tensors), key=np.size), shape)]
 
     def _moved(self, operation, tensor, node):
-        moved = None if id(operation) in self.moves else move(operation, tensor, node)
-        if moved is None:  # also where it is shared: the other call may lose others
+        if id(operation) in self.moves:  # shared: what suits one call may not suit the other
+            self._lost.append((operation.name, self.moves[id(operation)].tensor.labels))
+            return None
+        moved = move(operation, tensor, node)
+        if moved is None:
             return None
         self.moves[id(operation)] = moved
         return moved.outputs

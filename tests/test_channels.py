@@ -382,6 +382,24 @@ def test_what_cannot_be_followed_is_left_whole_and_named():
     np.testing.assert_allclose(outputs(small, x).sum(), outputs(small, x).sum())
 
 
+def test_an_operation_that_moves_channels_of_two_tensors_leaves_both_whole():
+    inputs, flatten = keras.Input((4, 4, 3)), layers.Flatten(name="flatten")
+    x = [flatten(layers.Conv2D(width, 3, activation="relu")(inputs)) for width in (4, 8)]
+    model = classifier(inputs, layers.Dense(6, "relu", name="after")(layers.Concatenate()(x)))
+    with pytest.warns(UserWarning, match="cannot be followed through 'flatten'"):
+        small = prune_channels(model, 0.5)
+    assert [*widths(small).values()] == [4, 8, 3]
+    outputs(small, images(small))
+
+
+def test_initializers_of_the_old_shape_do_not_matter():
+    constant = keras.initializers.Constant(np.arange(4.0).tolist())
+    model = keras.Sequential([keras.Input((2,)), layers.Dense(4, bias_initializer=constant), layers.Dense(1)])
+    small = prune_channels(model, 0.5)
+    assert small.layers[0].bias_initializer.get_config() == constant.get_config()
+    assert small.layers[0].kernel_initializer.get_config() == model.layers[0].kernel_initializer.get_config()
+
+
 def test_a_softmax_at_the_end_is_no_reason_to_warn():
     inputs = keras.Input((4,))
     x = layers.Activation("softmax")(layers.Dense(3)(layers.Dense(4, activation="relu")(inputs)))

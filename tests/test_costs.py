@@ -29,6 +29,9 @@ def test_resnet20_has_the_published_multiplications_also_inside_of_a_model_and_p
     net = models.resnet20(10)
     trainer = keras.Sequential([keras.Input((32, 32, 3)), kc.RandomCrop(4), net])
     assert kc.summary(trainer).macs == kc.summary(net).macs == 40_813_184  # 40.8 M
+    pruned = kc.prune_low_magnitude(net, kc.ConstantSparsity(0.5, begin_step=0))
+    summary = kc.summary(pruned)
+    assert (summary.macs, summary.sparsity, summary.parameters) == (40_813_184, 0.0, 272_474 + 2 * 784)  # masks of ones
     summary = kc.summary(kc.prune_now(net, 0.5))
     assert summary.macs == 40_813_184
     assert summary.sparsity == pytest.approx(0.5, abs=1e-3)

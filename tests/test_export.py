@@ -257,6 +257,7 @@ def test_the_report_tells_which_zeros_litert_skips(tmp_path, block_size, stored,
     assert f"hidden0/kernel: {reason}" in str(report)
 
 
+@pytest.mark.tensorflow_only  # says the same on every backend
 def test_few_zeros_are_stored_as_they_are(tmp_path):
     report = export_litert(dense_network(sparsity=0.2), tmp_path / "net.tflite")
     assert set(executions(report).values()) == {"dense: fewer than 30% zeros"}
@@ -273,7 +274,7 @@ def test_quantised_files_are_as_small_and_as_exact_as_their_numbers(tmp_path, qu
     )
     x = images(100, 64) / 128 - 1
     report = export_litert(wide, tmp_path / "net.tflite", images=x, quantize=quantize)
-    assert report.raw_bytes == pytest.approx(bytes_per_weight * 85_000, rel=0.15)
+    assert 1 < report.raw_bytes / (bytes_per_weight * 84_736) < 1.2  # weights and biases
     assert report.max_error < error
     expected = outputs(wide, x)
     found = litert.run(tmp_path / "net.tflite", {"images": x})["output_0"]
@@ -282,6 +283,7 @@ def test_quantised_files_are_as_small_and_as_exact_as_their_numbers(tmp_path, qu
     assert report.max_error == pytest.approx(np.abs(found - expected).max() / np.abs(expected).max())
 
 
+@pytest.mark.tensorflow_only  # says the same on every backend
 @pytest.mark.parametrize(
     ("quantize", "reason"),
     [
@@ -297,12 +299,14 @@ def test_sparse_storage_that_litert_cannot_run_is_never_written(tmp_path, quanti
     assert sparse_tensors(tmp_path / "net.tflite") == {}
 
 
+@pytest.mark.tensorflow_only  # says the same on every backend
 def test_half_precision_and_single_zeros_go_together(tmp_path):
     report = export_litert(dense_network(), tmp_path / "net.tflite", quantize="float16")
     assert sparse_tensors(tmp_path / "net.tflite") == {64: 0, 10: 0}
     assert report.max_error < 2e-3
 
 
+@pytest.mark.tensorflow_only  # says the same on every backend
 def test_a_convolutional_network_in_int8_keeps_its_batch_norm_and_answers(tmp_path):
     model = tiny(width=8)
     x = images(20, 8, 8, 1)
@@ -319,6 +323,7 @@ def test_an_int8_file_that_lost_too_much_is_refused(tmp_path, monkeypatch):
     assert not everything_in(tmp_path)
 
 
+@pytest.mark.tensorflow_only  # says the same on every backend
 def test_latency_is_told_beside_the_dense_network(tmp_path):
     pytest.importorskip("ai_edge_litert")
     report = export_litert(dense_network((4, 1)), tmp_path / "net.tflite", latency_runs=50)
@@ -341,6 +346,7 @@ def test_arguments_of_litert_that_are_not_allowed(tmp_path, settings, message):
         export_litert(dense_network(), tmp_path / "net.tflite", **settings)
 
 
+@pytest.mark.tensorflow_only  # says the same on every backend
 def test_without_litert_of_its_own_tensorflow_runs_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(litert, "_has_litert", lambda: False)
     assert export_litert(dense_network(), tmp_path / "net.tflite").max_error < 1e-5

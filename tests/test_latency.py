@@ -6,6 +6,8 @@ from keras import layers
 import kerascompress as kc
 from kerascompress import latency, models
 
+pytestmark = pytest.mark.tensorflow_only  # says the same on every backend
+
 
 def mobile(**settings):
     return models.mobilenet_v2(10, **{"width": 0.25, "stem": "imagenet", "input_shape": (32, 32, 3)} | settings)
