@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help install demo test test-tensorflow test-jax test-torch lint format clean
+.PHONY: help install demo test test-quick test-tensorflow test-jax test-torch lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -22,6 +22,9 @@ demo: install  ## Figure 3 in small: six ways to augment a network while it is p
 		--out=demo/fig3_digits.png --checkpoints=demo/checkpoints --export=saved_models/resnet8_digits_p60
 
 test: test-tensorflow test-jax  ## run the tests on the TensorFlow and the JAX backend
+
+test-quick: install  ## the heart of every module, on TensorFlow, in about a minute
+	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -n 2 --dist loadfile -m quick
 
 test-tensorflow: install
 	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -n 2 --dist loadfile

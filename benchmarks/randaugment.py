@@ -152,7 +152,7 @@ def torchvision_v2(images, dtype):
 
 
 def import_torchvision():
-    """Its transforms, beside a CPU build of torch too, for which its compiled operators, needed by none of them, lack."""
+    """Its transforms, also beside a CPU build of torch, which lacks the operators that torchvision has compiled."""
     import torch
 
     try:

@@ -76,7 +76,7 @@ def outcome(run):
     stages, scheme = course(run)
 
     def prune(dense):
-        return training.prune_now(dense, run.sparsity)
+        return kc.prune_now(dense, run.sparsity, scope="global")
 
     def to_scratch(dense):
         seed = training.layer_seeds(run, 4)[-1]  # other initial weights than any run has

@@ -19,7 +19,6 @@ import kerascompress as kc
 from experiments import data as datasets
 from experiments.runs import locked, on_gpu
 
-HAS_OPTIMIZER = hasattr(kc, "PruningOptimizer")
 logging.getLogger("tensorflow").setLevel("ERROR")  # it warns of every run that traces functions of its own
 
 SAVE_EVERY = 30.0  # seconds from one state on the disk to the next
@@ -110,17 +109,6 @@ def ramp(run, start=0.0):
     return kc.PolynomialDecay(start, run.sparsity, 0, steps, frequency=max(1, min(100, steps // 10)))
 
 
-def prune_now(net, sparsity):
-    if hasattr(kc, "prune_now"):
-        return kc.prune_now(net, sparsity, scope="global")
-    once = kc.ConstantSparsity(sparsity, begin_step=0, end_step=0, frequency=1)
-    pruned = kc.prune_low_magnitude(net, pruning_schedule=once, scope="global")
-    now = kc.UpdatePruningStep()
-    now.set_model(pruned)
-    now.on_train_begin()
-    return kc.strip_pruning(pruned)
-
-
 def learning_rate(epoch, epochs, initial):
     """A cosine over the stage down to 5e-6, and a tenth of it from 45 % and again from 90 % of the epochs.
 
@@ -206,7 +194,7 @@ def _prepare(run, net, schedule, moves, around, stage):
     callbacks, steps = [], steps_per_epoch(run)
     optimizer, carried = make_optimizer(run, steps), None
     if schedule or kc.sparsity(net):
-        if run.carrier == "optimizer" and HAS_OPTIMIZER:
+        if run.carrier == "optimizer":
             optimizer = kc.PruningOptimizer(optimizer, schedule, scope="global")
         else:
             keep = kc.ConstantSparsity(kc.sparsity(net), begin_step=0, end_step=0, frequency=1)

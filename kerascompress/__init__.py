@@ -10,8 +10,11 @@ from typing import Any
 from kerascompress import models
 from kerascompress.augment import Op, RandAugment, RandomCrop
 from kerascompress.callbacks import MagnitudeScheduler, PruningSummaries, UpdatePruningStep
+from kerascompress.channels import prune_channels
+from kerascompress.costs import summary
 from kerascompress.distill import Distiller, distillation_loss, select_candidates
 from kerascompress.export import export_litert, export_saved_model
+from kerascompress.latency import LatencyPolicy
 from kerascompress.optimizer import PruningOptimizer
 from kerascompress.pruning import PruneLowMagnitude, prune_low_magnitude, prune_now, sparsity, strip_pruning
 from kerascompress.schedules import SparsityLinkedMagnitude
@@ -21,6 +24,7 @@ from kerascompress.search import search_magnitude, validation_score
 __all__ = [
     "ConstantSparsity",
     "Distiller",
+    "LatencyPolicy",
     "MagnitudeScheduler",
     "Op",
     "PolynomialDecay",
@@ -40,12 +44,14 @@ __all__ = [
     "extend",
     "inherit",
     "models",
+    "prune_channels",
     "prune_low_magnitude",
     "prune_now",
     "search_magnitude",
     "select_candidates",
     "sparsity",
     "strip_pruning",
+    "summary",
     "validation_score",
 ]
 

@@ -168,8 +168,9 @@ class MagnitudeScheduler(StepCallback):
             begins with a model that does not contain `augment`, but another augmentation.
 
     Example:
-        >>> augment = RandAugment(magnitude=14)
-        >>> weaken = MagnitudeScheduler(augment, lambda step: 14 if step < 1000 else 4)
+        >>> import kerascompress as kc
+        >>> augment = kc.RandAugment(magnitude=14)
+        >>> weaken = kc.MagnitudeScheduler(augment, lambda step: 14 if step < 1000 else 4)
     """
 
     def __init__(self, augment: Any, schedule: Callable[[int], float]):

@@ -14,8 +14,11 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras.src.applications.convnext import LayerScale, StochasticDepth
 from keras.src.models import Functional
 from keras.src.saving.serialization_lib import SafeModeScope
+
+CONVNEXT_LAYERS = (LayerScale, StochasticDepth)  # in no public module
 
 # Values of attributes that hold no layers and may be shared.
 PLAIN = (
@@ -68,6 +71,39 @@ def leaves(model: keras.Model) -> list[keras.Layer]:
         )
     found = (leaves(layer) if isinstance(layer, keras.Model) else [layer] for layer in model.layers)
     return list({id(each): each for some in found for each in some}.values())
+
+
+def calls(model: keras.Model) -> Iterator[Any]:
+    """The nodes of a Functional or Sequential model, in an order in which they can be computed.
+
+    A node is one call: `operation`, `arguments`, symbolic `input_tensors` and `outputs`.
+    """
+    function = model._functional if isinstance(model, keras.Sequential) else model
+    for depth in sorted(function._nodes_by_depth, reverse=True):
+        yield from (node for node in function._nodes_by_depth[depth] if not node.is_input)
+
+
+def compute(model: keras.Model, inputs: list, call: Callable[[Any, list, Any], Any]) -> list:
+    """What becomes of values of any kind in a Functional or Sequential model, which is only looked at.
+
+    Args:
+        model: Models in it are calls as layers are.
+        inputs: A value for each of `model.inputs`.
+        call: `call(operation, values, node)` returns a value for each output of a call from those of its tensors.
+
+    Returns:
+        A value for each of `model.outputs`.
+    """
+    known = {id(tensor): value for tensor, value in zip(model.inputs, inputs, strict=True)}
+    for node in calls(model):
+        outputs = call(node.operation, [known[id(tensor)] for tensor in node.input_tensors], node)
+        known.update(zip(map(id, node.outputs), outputs, strict=True))
+    return [known[id(tensor)] for tensor in model.outputs]
+
+
+def arguments(node: Any, values: list) -> tuple[tuple, dict]:
+    """What an operation was called with, values in place of the tensors."""
+    return node.arguments.fill_in(dict(zip(map(id, node.input_tensors), values, strict=True)))
 
 
 def producer(tensor: keras.KerasTensor) -> Any:
@@ -295,34 +331,37 @@ def rebuild(
     call: Callable[..., Any] | None = None,
     *,
     whole: bool = False,
+    replace_input: Callable[[Any], Any] | None = None,
 ) -> keras.Model:
     """A copy of a Functional or Sequential model in which `replace(layer)` stands for each layer, once.
 
     Args:
         model: It is left as it is.
-        replace: Is given each layer, also those of models in the model, and returns a new one with its weights, such as
-            `copy(layer)`.
+        replace: Is given each layer and each operation of `keras.ops`, also those of models in the model, and returns a
+            new one with its weights, such as `copy(layer)`.
         call: `call(old, new, *args, **kwargs)` stands for each call of a layer or operation of the model itself, where
             the graph is to change. The copy of a Sequential model is a Functional one then.
         whole: Whether a model in the model whose class is not made of inputs and outputs is given to `replace`, too.
+        replace_input: Is given each input layer, where the shape of inputs is to change.
 
     Returns:
         A new, uncompiled model with the names that the old one has. It is a plain one, with a warning, where the class
         of the old one is not made of inputs and outputs.
     """
     new_of: dict[int, Any] = {}
+    copy_input = replace_input or _copy_operation
 
     def remake(old: Any) -> Any:
         if id(old) not in new_of:
             if _is_plain(old) or (is_graph(old) and not whole):
                 new_of[id(old)] = assemble(old)
             else:
-                new_of[id(old)] = replace(old) if isinstance(old, keras.Layer) else _copy_operation(old)
+                new_of[id(old)] = replace(old)
         return new_of[id(old)]
 
     def assemble(old: Any, call: Callable[..., Any] | None = None) -> Any:
         if isinstance(old, keras.Sequential) and call is None:
-            inputs = [_copy_operation(each) for each in old._layers[:1] if isinstance(each, keras.layers.InputLayer)]
+            inputs = [copy_input(each) for each in old._layers[:1] if isinstance(each, keras.layers.InputLayer)]
             new = keras.Sequential([*inputs, *map(remake, old.layers)], name=old.name, trainable=old.trainable)
             if old.built and not new.built:
                 new.build(old.input_shape)
@@ -334,7 +373,7 @@ def rebuild(
             return new(*args, **kwargs) if call is None else call(operation, new, *args, **kwargs)
 
         # with the names of the layers, where `clone_model` takes those of the tensors
-        inputs = keras.tree.map_structure(lambda x: _copy_operation(producer(x)).output, function.input)
+        inputs = keras.tree.map_structure(lambda x: copy_input(producer(x)).output, function.input)
         outputs = function._run_through_graph(inputs, call_fn=call_fn)
         kind = type(old) if _is_plain(old) and function is old else keras.Model
         return kind(inputs, outputs, name=old.name)

@@ -214,8 +214,8 @@ class PruningOptimizer(keras.optimizers.Optimizer):
 
     def finalize_variable_values(self, var_list):
         self.inner_optimizer.finalize_variable_values(var_list)
-        if self.built:
-            self._project()  # moving averages are dense
+        if self.built and self.inner_optimizer.use_ema:  # moving averages are dense
+            self._project()
 
     def get_config(self) -> dict[str, Any]:
         return {

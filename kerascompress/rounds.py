@@ -183,10 +183,9 @@ def _eager_round(rows, images, place, op, argument, **outside):
 
     order, made = [], []
     for kind in KINDS:
-        of_kind = ((row, np.flatnonzero(op == i)) for i, row in enumerate(rows) if row.kind == kind)
         drawn = [
             (row, which, image_ops.gather(argument, kops.convert_to_tensor(which)))
-            for row, which in of_kind
+            for row, which in ((row, np.flatnonzero(op == i)) for i, row in enumerate(rows) if row.kind == kind)
             if which.size
         ]
         if not drawn:

@@ -202,7 +202,7 @@ def validation_score(
     Example:
         >>> import keras, numpy as np, kerascompress as kc
         >>> model = keras.Sequential([keras.Input((4, 4, 1)), keras.layers.GlobalMaxPooling2D(), keras.layers.ReLU()])
-        >>> images, labels = np.ones((8, 4, 4, 1)), np.zeros(8, int)
+        >>> images, labels = np.ones((8, 4, 4, 1), "uint8"), np.zeros(8, int)
         >>> kc.validation_score(model, images, labels, augment=kc.RandAugment(14, seed=0))
         1.0
 

@@ -1,6 +1,8 @@
 """What every test shares: the skips by marker, and one seed."""
 
 import experiments  # noqa: F401, I001 (first: it sets the threads, and with them the last bits of every sum)
+import gc
+
 import keras
 import pytest
 from absl import flags
@@ -14,6 +16,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("tensorflow_only") and not on_tensorflow:
             item.add_marker(pytest.mark.skip(reason=f"needs the TensorFlow backend; this is {keras.backend.backend()}"))
+        if item.get_closest_marker("once") and not on_tensorflow:
+            item.add_marker(pytest.mark.skip(reason="says the same on every backend; run on TensorFlow"))
         if item.get_closest_marker("compiled") and keras.backend.backend() == "torch":
             item.add_marker(
                 pytest.mark.skip(reason="needs a compiled step, or several in one; Keras has none on Torch")
@@ -22,20 +26,33 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs an accelerator; this machine has none"))
 
 
+def pytest_sessionstart(session):
+    gc.freeze()  # what the imports have made stays: collecting would look at it again and again
+
+
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation(request):
-    """On JAX, compiling is most of the time, so it optimises only where the result must be a user's, to the bit."""
-    if keras.backend.backend() == "jax":
-        import jax
+    """Compiling is most of the time, so it is done thoroughly only where the result must be a user's, to the bit.
 
-        jax.config.update("jax_disable_most_optimizations", request.module.__name__.split(".")[-1] not in EXACT)
-        jax.clear_caches()
+    Elsewhere JAX optimises less, and TensorFlow takes XLA only where a test says so.
+    """
+    is_exact = request.module.__name__.split(".")[-1] in EXACT
+    with pytest.MonkeyPatch.context() as patch:
+        if keras.backend.backend() == "jax":
+            import jax
+
+            jax.config.update("jax_disable_most_optimizations", not is_exact)
+            jax.clear_caches()
+        elif not is_exact:
+            patch.setattr(keras.Model, "_resolve_auto_jit_compile", lambda model: False)
+        yield
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)
 def fresh():
     """A test starts from one seed, with no layer names taken and no policy set by another test."""
-    keras.utils.clear_session()
+    keras.utils.clear_session(free_memory=False)  # collecting after every test would take a third of the time
     keras.utils.set_random_seed(0)
     policy = keras.config.dtype_policy()
     yield

@@ -42,6 +42,7 @@ def test_images_of_one_batch_draw_different_operations_signs_and_magnitudes():
     assert len(np.unique(ranged, axis=0)) > 24
 
 
+@pytest.mark.quick
 def test_a_seed_reproduces_and_another_seed_does_not():
     images = batch_of(48)
     first, second = (augmented(RandAugment(magnitude=(4, 30), seed=3), images) for _ in range(2))
@@ -54,6 +55,7 @@ def test_consecutive_calls_draw_anew():
     assert not np.array_equal(augmented(layer, images), augmented(layer, images))
 
 
+@pytest.mark.quick
 def test_operations_signs_and_magnitudes_are_uniform():
     layer = RandAugment(magnitude=(6, 24), num_ops=2, seed=7)
     op, sign, magnitude = (ops.convert_to_numpy(drawn) for drawn in layer.draw(20_000))
@@ -296,7 +298,7 @@ def test_the_scheduler_assigns_only_changes_and_counts_optimizer_steps():
     peer = types.SimpleNamespace(magnitude=types.SimpleNamespace(shape=(), assign=assigned.append))
 
     steps = []
-    model = mean_output(RandAugment(ops=["Posterize"]))
+    model = mean_output(keras.layers.Identity())
 
     def schedule(step):
         steps.append(step)

@@ -48,6 +48,7 @@ def trainer(carrier, network, schedule, augment):
     return model, callbacks
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("carrier", ["wrapper", "optimizer"])
 def test_the_magnitude_is_that_of_the_sparsity_which_the_masks_have(carrier):
     schedule = kc.PolynomialDecay(0.2, 0.6, begin_step=2, end_step=6, frequency=3, power=1)
@@ -107,6 +108,7 @@ class Steps(StepCallback):
         self.seen.append(step)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("hooks", ["begin", "end", "both", "both, numbered"])
 def test_a_loop_of_ones_own_is_counted_whichever_hooks_it_calls(hooks):
     steps = Steps()

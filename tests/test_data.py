@@ -12,6 +12,8 @@ import pytest
 
 from experiments import data
 
+pytestmark = pytest.mark.once
+
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
 TRAIN, TEST = 40, 20  # images of a file in the small archives below
 
@@ -62,6 +64,7 @@ def test_archive_is_read_as_channel_planes(archive, dataset, files):
         assert images[7, row, column, channel] == first[b"data"][7, 1024 * channel + 32 * row + column]
 
 
+@pytest.mark.quick
 def test_validation_split_is_stratified_and_the_same_at_every_number_of_training_images(archive):
     whole, part = data.load("cifar10", archive), data.load("cifar10", archive, train_images=50)
     np.testing.assert_array_equal(whole.validation[0], part.validation[0])

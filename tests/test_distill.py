@@ -146,6 +146,7 @@ def logs_of_step(labels, loss=None, **kwargs):
     return {name: float(v) for name, v in model.train_on_batch(data(4)[0], labels, return_dict=True, **kwargs).items()}
 
 
+@pytest.mark.quick
 def test_total_loss_is_pytorchs():
     # torch 2.13, float64: a * F.cross_entropy(s, y) + (1 - a) * t**2 * F.kl_div(F.log_softmax(s / t, 1),
     # F.log_softmax(t / t, 1), reduction="batchmean", log_target=True), with t = 4, a = 0.1
@@ -200,6 +201,7 @@ def test_gradient_is_that_of_finite_differences():
 # --- the selection ---
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("ce_weight", "kl_weight"), [(1.0, 1.0), (0.3, 2.0), (1.0, 0.0), (0.0, 1.0)])
 def test_selection_is_brute_force(ce_weight, kl_weight):
     random = np.random.default_rng(0)
@@ -244,6 +246,7 @@ def test_candidates_are_chosen_by_what_teacher_and_student_make_of_them(arm):
         assert np.all(views["teacher_loss"].min(axis=0) == views["teacher_loss"][views["chosen"], np.arange(BATCH)])
 
 
+@pytest.mark.quick
 def test_a_step_trains_on_the_chosen_images_and_on_nothing_else():
     images, labels = data()
     model, twin = (distiller(num_candidates=4, augment=light(seed=5)) for _ in range(2))
@@ -623,6 +626,7 @@ def test_the_student_may_be_pruned_while_the_magnitude_follows():
     assert kc.sparsity(kc.strip_pruning(model.student)) == pytest.approx(0.5, abs=0.02)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("build", [kc.models.mobilenet_v2, kc.models.shufflenet_v2])
 def test_the_mobile_networks_distil(build):
     student = build(CLASSES, width=0.1, input_shape=(SIZE, SIZE, 3))

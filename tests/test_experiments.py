@@ -138,6 +138,7 @@ def workers(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("workers", ["2", "ray"], indirect=True)
 def test_a_pool_and_a_ray_cluster_give_the_rows_of_a_loop(smoke, tmp_path, monkeypatch, workers):
     for name, value in OPTIMIZE.items():
@@ -163,6 +164,7 @@ def raises_dies_or_returns(run):
     return {"test_last": 0.5}
 
 
+@pytest.mark.once
 def test_a_run_that_raises_or_is_killed_costs_what_needs_it_and_no_other(tmp_path, workers):
     bad = ["raises"] if workers == "1" else ["raises", "dies"]
     first = {arm: run_of(tmp_path, arm) for arm in [*bad, "fine"]}
@@ -185,6 +187,8 @@ def test_a_run_that_raises_or_is_killed_costs_what_needs_it_and_no_other(tmp_pat
     assert sorted(row["arm"] for row in rows) == ["after fine", "fine", "on a stage, 0", "on a stage, 1"]
 
 
+@pytest.mark.quick
+@pytest.mark.once
 def test_stages_come_once_and_before_what_needs_them(tmp_path):
     stage, done = run_of(tmp_path, "stage"), run_of(tmp_path, "done")
     done.folder.mkdir(parents=True)
@@ -193,6 +197,7 @@ def test_stages_come_once_and_before_what_needs_them(tmp_path):
     assert [run.arm for run in engine._stages_first(wanted)] == ["stage", "0", "1", "2"]
 
 
+@pytest.mark.once
 def test_each_process_of_a_pool_has_a_gpu_or_its_share_of_one():
     assert engine._environment(1, 2, []) == {}
     alone = engine._environment(1, 2, ["0", "3"])
@@ -202,6 +207,7 @@ def test_each_process_of_a_pool_has_a_gpu_or_its_share_of_one():
     assert (shared["CUDA_VISIBLE_DEVICES"], shared["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == ("0", "0.45")
 
 
+@pytest.mark.once
 def test_ray_that_is_not_there_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"--workers=ray needs Ray.*kerascompress\[ray\]"):
@@ -275,6 +281,7 @@ def test_impossible_settings_are_errors_before_any_training(tmp_path, monkeypatc
     assert message in str(error.value)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("flag", "allowed"), [("dataset=mnist", r"<digits\|cifar10\|cifar100>"), ("workers=0", "auto")]
 )
@@ -292,6 +299,8 @@ for seed in range(150):
 """
 
 
+@pytest.mark.quick
+@pytest.mark.once
 def test_two_processes_that_append_150_rows_each_leave_300(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"cut sho')  # so that the first one truncates
@@ -301,6 +310,7 @@ def test_two_processes_that_append_150_rows_each_leave_300(tmp_path):
     assert [[row["seed"] for row in rows if row["who"] == who] for who in "ab"] == [list(range(150))] * 2
 
 
+@pytest.mark.once
 def test_a_run_that_another_process_has_done_leaves_no_second_row(tmp_path):
     run, path = run_of(tmp_path), tmp_path / "rows.jsonl"
     first = runs.append_row(path, run.key | {"test_last": 0.5}, run)
@@ -308,6 +318,7 @@ def test_a_run_that_another_process_has_done_leaves_no_second_row(tmp_path):
     assert runs.read_rows(path) == [first]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("tail", ['{"figure": "fig3", "seed', "{", "nul"])
 def test_last_line_cut_short_is_named_left_out_and_replaced_by_the_next_row(tmp_path, capsys, tail):
     path = tmp_path / "rows.jsonl"
@@ -318,6 +329,7 @@ def test_last_line_cut_short_is_named_left_out_and_replaced_by_the_next_row(tmp_
     assert path.read_text() == '{"seed": 0}\n{"seed": 1}\n'
 
 
+@pytest.mark.once
 def test_whole_last_line_without_its_newline_is_kept(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"seed": 0}')
@@ -325,6 +337,7 @@ def test_whole_last_line_without_its_newline_is_kept(tmp_path):
     assert path.read_text() == '{"seed": 0}\n{"seed": 1}\n'
 
 
+@pytest.mark.once
 def test_damaged_line_in_the_middle_is_an_error_that_names_it(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"seed": 0}\n{"se\n{"seed": 2}\n')
@@ -332,6 +345,7 @@ def test_damaged_line_in_the_middle_is_an_error_that_names_it(tmp_path):
         runs.read_rows(path)
 
 
+@pytest.mark.once
 def test_damaged_checkpoint_is_an_error_that_names_it(tmp_path):
     path = tmp_path / "state.npz"
     path.write_bytes(b"half a file")
@@ -339,6 +353,7 @@ def test_damaged_checkpoint_is_an_error_that_names_it(tmp_path):
         training.load_arrays(path, "state")
 
 
+@pytest.mark.once
 def test_learning_rate_is_a_cosine_with_steps_at_epochs_90_and_180_of_200():
     rate = [training.learning_rate(epoch, 200, 0.1) for epoch in range(200)]
     assert rate[0] == 0.1
@@ -382,6 +397,7 @@ def rows_of(arm, accuracies, sparsity=0.0):
     return [setting | {"arm": arm, "seed": seed, "test_last": value} for seed, value in enumerate(accuracies)]
 
 
+@pytest.mark.once
 def test_table_gives_mean_sample_deviation_and_n_and_marks_the_best_of_a_column():
     rows = rows_of("none", [0.5, 0.52, 0.54]) + rows_of("decayed", [0.6]) + rows_of("none", [0.7], sparsity=0.2)
     assert plot.markdown(rows, "test_last").splitlines() == [
@@ -392,6 +408,7 @@ def test_table_gives_mean_sample_deviation_and_n_and_marks_the_best_of_a_column(
     ]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("figure", ["fig1", "fig3"])
 def test_plot_needs_rows_and_nothing_else(tmp_path, capsys, figure):
     rows = rows_of("none", [0.5, 0.6]) + rows_of("M=4", [0.6, 0.7]) + rows_of("M=14", [0.5, 0.61])
@@ -405,6 +422,7 @@ def test_plot_needs_rows_and_nothing_else(tmp_path, capsys, figure):
     assert found == (figure == "fig1")  # Equation 3
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("figure", [fig1, fig3])
 def test_every_flag_of_the_script_and_of_all_scripts_is_explained(figure):
     shown = {flag.name: flag.help for flag in absl_flags.FLAGS.get_key_flags_for_module(figure)}
@@ -413,6 +431,7 @@ def test_every_flag_of_the_script_and_of_all_scripts_is_explained(figure):
     assert ("export" in shown) == (figure is fig3)
 
 
+@pytest.mark.once
 def test_rows_from_before_a_field_of_the_key_came_in_still_count(tmp_path):
     names = [field.name for field in dataclasses.fields(runs.Run) if field.compare]
     old = {name: 0 for name in names if name not in runs.BEFORE}
@@ -428,6 +447,8 @@ def test_rows_from_before_a_field_of_the_key_came_in_still_count(tmp_path):
     assert [len(rows) for rows in settings.values()] == [2, 1, 1]
 
 
+@pytest.mark.quick
+@pytest.mark.once
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments" / "results").glob("*.jsonl")), ids=lambda path: path.stem)
 def test_published_rows_are_known_as_the_runs_that_they_are(path):
     names = {field.name for field in dataclasses.fields(runs.Run)}

@@ -9,10 +9,10 @@ import keras
 import numpy as np
 import pytest
 
-from kerascompress import export, models
+from kerascompress import export, litert, models
 from kerascompress.augment import RandAugment
 from kerascompress.export import export_litert, export_saved_model
-from kerascompress.pruning import PruneLowMagnitude, prune_low_magnitude
+from kerascompress.pruning import PruneLowMagnitude, prune_low_magnitude, strip_pruning, update_masks
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() == "torch", reason="there, another process exports on TensorFlow, see test_backends.py"
@@ -28,7 +28,7 @@ def pruned(model, sparsity):
     model = prune_low_magnitude(model, pruning_schedule=lambda step: (True, sparsity))
     for layer in model.layers:
         if isinstance(layer, PruneLowMagnitude):
-            layer.update_masks(sparsity)
+            update_masks([layer], sparsity)
     return model
 
 
@@ -96,6 +96,7 @@ def test_resnet20_at_80_percent_runs_with_tensorflow_alone_as_sparse_as_reported
     assert report.gzip_bytes < export_saved_model(dense, tmp_path / "dense").gzip_bytes / 2
 
 
+@pytest.mark.quick
 def test_report_is_written_into_the_folder_and_prints_as_a_table(tmp_path):
     report = export_saved_model(pruned(tiny(), 0.5), tmp_path / "net")
     assert json.loads((tmp_path / "net" / "report.json").read_text()) == dataclasses.asdict(report)
@@ -217,6 +218,140 @@ def test_litert_file_computes_the_same_and_shrinks_by_itself(tmp_path):
     with pytest.raises(ValueError, match=r"ends in '\.tflite'"):
         export_litert(model, tmp_path / "net")
     assert everything_in(tmp_path) == before
+
+
+def dense_network(block_size=(1, 1), sparsity=0.8):
+    hidden = [keras.layers.Dense(64, activation="relu", name=f"hidden{i}") for i in range(2)]
+    model = keras.Sequential([keras.Input((64,)), *hidden, keras.layers.Dense(10, name="logits")])
+    model = prune_low_magnitude(model, lambda step: (True, sparsity), block_size=block_size)
+    for layer in model.layers:
+        update_masks([layer], sparsity)
+    return strip_pruning(model)
+
+
+def executions(report):
+    return {kernel["name"].split("/")[-2]: kernel["execution"] for kernel in report.kernels}
+
+
+def sparse_tensors(path):
+    """The block shapes of the tensors that the file stores sparsely, by the number of their outputs."""
+    from tensorflow.lite.python import schema_py_generated as schema
+
+    model = schema.Model.GetRootAs(path.read_bytes(), 0)
+    tensors = [model.Subgraphs(0).Tensors(i) for i in range(model.Subgraphs(0).TensorsLength())]
+    return {t.Shape(0): t.Sparsity().BlockMapLength() for t in tensors if t.Sparsity() is not None}
+
+
+@pytest.mark.parametrize(
+    ("block_size", "stored", "reason"),
+    [
+        ((4, 1), {64: 1, 10: 1}, "sparse: in blocks of (4, 1)"),
+        ((1, 4), {64: 0, 10: 0}, "stored: the zeros are not in blocks of (4, 1)"),
+        ((1, 1), {64: 0, 10: 0}, "stored: the zeros are not in blocks of (4, 1)"),
+    ],
+)
+def test_the_report_tells_which_zeros_litert_skips(tmp_path, block_size, stored, reason):
+    report = export_litert(dense_network(block_size), tmp_path / "net.tflite")
+    assert all(each.startswith(reason) for each in executions(report).values())
+    assert sparse_tensors(tmp_path / "net.tflite") == stored
+    assert f"hidden0/kernel: {reason}" in str(report)
+
+
+@pytest.mark.tensorflow_only  # says the same on every backend
+def test_few_zeros_are_stored_as_they_are(tmp_path):
+    report = export_litert(dense_network(sparsity=0.2), tmp_path / "net.tflite")
+    assert set(executions(report).values()) == {"dense: fewer than 30% zeros"}
+    assert sparse_tensors(tmp_path / "net.tflite") == {}
+
+
+@pytest.mark.parametrize(
+    ("quantize", "bytes_per_weight", "error"),
+    [(None, 4, 1e-5), ("float16", 2, 2e-3), ("dynamic", 1, 0.05), ("int8", 1, 0.05)],
+)
+def test_quantised_files_are_as_small_and_as_exact_as_their_numbers(tmp_path, quantize, bytes_per_weight, error):
+    wide = keras.Sequential(
+        [keras.Input((64,)), *(keras.layers.Dense(256, "relu") for _ in range(2)), keras.layers.Dense(10)]
+    )
+    x = images(100, 64) / 128 - 1
+    report = export_litert(wide, tmp_path / "net.tflite", images=x, quantize=quantize)
+    assert 1 < report.raw_bytes / (bytes_per_weight * 84_736) < 1.2  # weights and biases
+    assert report.max_error < error
+    expected = outputs(wide, x)
+    found = litert.run(tmp_path / "net.tflite", {"images": x})["output_0"]
+    assert found.dtype == "float32"
+    assert report.agreement == np.mean(found.argmax(-1) == expected.argmax(-1)) > 0.9
+    assert report.max_error == pytest.approx(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.tensorflow_only  # says the same on every backend
+@pytest.mark.parametrize(
+    ("quantize", "reason"),
+    [
+        ("float16", "dense: LiteRT cannot run float16 and blocks of zeros"),
+        ("dynamic", "dense: LiteRT cannot run int8 and sparse storage"),
+        ("int8", "dense: LiteRT cannot run int8 and sparse storage"),
+    ],
+)
+def test_sparse_storage_that_litert_cannot_run_is_never_written(tmp_path, quantize, reason):
+    x = images(20, 64) / 128 - 1
+    report = export_litert(dense_network((4, 1), 0.9), tmp_path / "net.tflite", images=x, quantize=quantize)
+    assert set(executions(report).values()) == {reason}
+    assert sparse_tensors(tmp_path / "net.tflite") == {}
+
+
+@pytest.mark.tensorflow_only  # says the same on every backend
+def test_half_precision_and_single_zeros_go_together(tmp_path):
+    report = export_litert(dense_network(), tmp_path / "net.tflite", quantize="float16")
+    assert sparse_tensors(tmp_path / "net.tflite") == {64: 0, 10: 0}
+    assert report.max_error < 2e-3
+
+
+@pytest.mark.tensorflow_only  # says the same on every backend
+def test_a_convolutional_network_in_int8_keeps_its_batch_norm_and_answers(tmp_path):
+    model = tiny(width=8)
+    x = images(20, 8, 8, 1)
+    report = export_litert(model, tmp_path / "net.tflite", images=x, quantize="int8")
+    assert report.max_error < 0.1
+    assert report.raw_bytes < export_litert(model, tmp_path / "dense.tflite").raw_bytes / 2
+
+
+def test_an_int8_file_that_lost_too_much_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(litert, "run", lambda file, named: {"output_0": 1.3 * outputs(model, named["images"])})
+    model = dense_network()
+    with pytest.raises(RuntimeError, match=r"differ by 0\.3 .*rounding explains 0\.25\. Pass more `images`"):
+        export_litert(model, tmp_path / "net.tflite", images=images(8, 64), quantize="int8")
+    assert not everything_in(tmp_path)
+
+
+@pytest.mark.tensorflow_only  # says the same on every backend
+def test_latency_is_told_beside_the_dense_network(tmp_path):
+    pytest.importorskip("ai_edge_litert")
+    report = export_litert(dense_network((4, 1)), tmp_path / "net.tflite", latency_runs=50)
+    assert set(report.latency) == {"dense", "exported"}
+    assert all(0 < times["min"] <= times["median"] for times in report.latency.values())
+    assert "exported: " in str(report)
+    assert json.loads((tmp_path / "net.tflite.json").read_text())["latency"] == report.latency
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quantize": "int4"}, r"one of \(None, 'float16', 'dynamic', 'int8'\). Received: quantize='int4'"),
+        ({"quantize": "int8"}, "needs `images` for calibration"),
+        ({"latency_runs": 3}, "at least 50.*or 0. Received: latency_runs=3"),
+    ],
+)
+def test_arguments_of_litert_that_are_not_allowed(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        export_litert(dense_network(), tmp_path / "net.tflite", **settings)
+
+
+@pytest.mark.tensorflow_only  # says the same on every backend
+def test_without_litert_of_its_own_tensorflow_runs_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(litert, "_has_litert", lambda: False)
+    assert export_litert(dense_network(), tmp_path / "net.tflite").max_error < 1e-5
+    with pytest.raises(ValueError, match=r"pip install kerascompress\[litert\]"):
+        export_litert(dense_network(), tmp_path / "other.tflite", latency_runs=50)
 
 
 def several(kind):

@@ -170,6 +170,7 @@ def test_a_copy_under_another_policy_computes_in_it():
     assert {each.dtype for each in copy.trainable_variables} == {"float32"}
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", [None, "pixels"])
 def test_inputs_keep_their_names_through_pruning_and_stripping(name):
     inputs = keras.Input((6, 6, 2), name=name)
@@ -226,6 +227,7 @@ def test_where_a_model_cannot_be_copied_layer_by_layer_the_error_says_what_prune
         kc.strip_pruning(wrapped)
 
 
+@pytest.mark.quick
 def test_stripping_a_subclassed_model_without_wrappers_copies_it():
     model = called(Net(layers.Dense(4)))
     small = kc.strip_pruning(model)

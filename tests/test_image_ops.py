@@ -116,6 +116,7 @@ def test_every_operation_equals_pillow_at_every_magnitude_and_sign(size, mode):
     check_against_pillow(output, cases, images)
 
 
+@pytest.mark.quick
 def test_two_operations_in_a_row_equal_pillow_in_that_order():
     images = photographs(32, 32)
     exact = [name for name in NAMES if name not in ("Rotate", "ShearX", "ShearY")]

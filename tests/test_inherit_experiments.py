@@ -107,7 +107,7 @@ def test_pruning_takes_the_smallest_weights_at_once_and_scratch_keeps_the_zeros_
         net.set_weights([np.array(kernel, "float32"), np.array([0.0, 0.5], "float32")])
         return net
 
-    pruned = training.prune_now(dense([[1, -4], [3, -2]]), 0.5)
+    pruned = kc.prune_now(dense([[1, -4], [3, -2]]), 0.5)
     kernel, _ = pruned.get_weights()
     np.testing.assert_array_equal(kernel, [[0, -4], [3, 0]])
     kernel, bias = fig4.forget(pruned, dense([[5, 6], [7, 8]])).get_weights()

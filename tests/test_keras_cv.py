@@ -63,6 +63,7 @@ def test_other_arguments_are_keras_cvs_own(live, kwargs):
     np.testing.assert_array_equal(augmented(live(**kwargs, magnitude=12), images), expected)
 
 
+@pytest.mark.quick
 def test_magnitude_zero_is_keras_cvs_own(live):
     images = pictures(8)
     kwargs = {"value_range": (0, 255), "magnitude_stddev": 0, "seed": 1}

@@ -127,6 +127,7 @@ def test_m_by_n_masks_equal_tfmots(tfmots, how, shape, m_by_n):
     assert not mask.all()
 
 
+@pytest.mark.quick
 @everywhere
 @pytest.mark.parametrize("p", [0.2, 0.8])
 def test_global_masks_equal_numpys_partition_over_all_kernels(how, p):
@@ -174,6 +175,7 @@ def test_finite_weights_name_the_kernel_that_has_diverged():
         finite_weights(dense.kernel)
 
 
+@pytest.mark.quick
 def test_kernels_are_told_by_name_and_rank():
     layer = keras.layers.Bidirectional(keras.layers.LSTM(3))
     layer.build((1, 4, 2))

@@ -47,6 +47,8 @@ def block_model(block, filters=6, input_shape=(5, 4, 6), **kwargs):
     return keras.Model(images, block(images, filters, **{"name": "block", "weight_decay": 0, "seed": None} | kwargs))
 
 
+@pytest.mark.once
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("build", "published"),
     [

@@ -140,6 +140,7 @@ def test_the_last_update_at_end_step_is_never_missed():
     assert kc.sparsity(model) == pytest.approx(0.75, abs=0.01)
 
 
+@pytest.mark.quick
 def test_without_a_schedule_what_is_zero_stays_zero_and_nothing_else():
     model = net()
     head = model.get_layer("head").kernel
@@ -162,6 +163,7 @@ def test_a_schedule_of_ones_own_computes_with_ops():
     assert sparsities.seen[2:] == pytest.approx([0.3] * 6, abs=0.01)
 
 
+@pytest.mark.quick
 def test_a_subclassed_model_is_pruned_its_own_kernel_included():
     model = prune(Subclassed(), scope="global")
     fit(model, epochs=2)
@@ -326,52 +328,47 @@ def test_stateless_apply_returns_sparse_kernels_on_jax():
         assert (head == 0).mean() == pytest.approx(share, abs=0.02)
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
-def test_on_two_virtual_devices_masks_and_weights_are_those_of_one(policy):
+def test_on_two_virtual_devices_masks_and_weights_are_those_of_one():
     if keras.backend.backend() == "torch":
         pytest.skip("Keras distributes nothing on Torch")
     code = """
-import sys, keras, numpy as np
+import contextlib, json, keras, numpy as np
 import kerascompress as kc
-backend, devices, policy = keras.backend.backend(), int(sys.argv[1]), sys.argv[2]
-keras.config.set_dtype_policy(policy)
-scope = None
-if backend == "tensorflow":
-    import contextlib, tensorflow as tf
+
+def train(policy, scope):
+    keras.config.set_dtype_policy(policy)
+    rng = np.random.default_rng(0)
+    with scope:
+        model = keras.Sequential([keras.Input((20,)), keras.layers.Dense(10)])
+        model.set_weights([rng.normal(size=(20, 10)), rng.normal(size=10)])
+        schedule = kc.PolynomialDecay(0.0, 0.5, 0, 4, frequency=1)
+        model.compile(kc.PruningOptimizer(keras.optimizers.SGD(0.01, momentum=0.9), schedule, scope="global"), "mse")
+    model.fit(rng.normal(size=(48, 20)), rng.normal(size=(48, 10)), batch_size=8, shuffle=False, verbose=0)
+    return kc.sparsity(model), float(np.abs(model.get_weights()[0]).sum())
+
+policies, one = ("float32", "mixed_float16"), contextlib.nullcontext()
+if keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-    scope = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope() if devices == 2 else contextlib.nullcontext()
+    of_one = [train(policy, one) for policy in policies]
+    two = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    of_two = [train(policy, two.scope()) for policy in policies]
 else:
-    import contextlib
-    if devices == 2:
-        keras.distribution.set_distribution(keras.distribution.DataParallel(devices=keras.distribution.list_devices()))
-    scope = contextlib.nullcontext()
-rng = np.random.default_rng(0)
-start = [rng.normal(size=shape) for shape in ((20, 10), (10,))]
-with scope:
-    model = keras.Sequential([keras.Input((20,)), keras.layers.Dense(10)])
-    model.set_weights(start)
-    schedule = kc.PolynomialDecay(0.0, 0.5, 0, 4, frequency=1)
-    model.compile(kc.PruningOptimizer(keras.optimizers.SGD(0.01, momentum=0.9), schedule, scope="global"), "mse")
-x, y = rng.normal(size=(48, 20)), rng.normal(size=(48, 10))
-model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
-print(kc.sparsity(model), np.abs(model.get_weights()[0]).sum())
+    of_one = [train(policy, one) for policy in policies]
+    assert len(keras.distribution.list_devices()) == 2
+    keras.distribution.set_distribution(keras.distribution.DataParallel(devices=keras.distribution.list_devices()))
+    of_two = [train(policy, one) for policy in policies]
+print(json.dumps([of_one, of_two]))
 """
-    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    seen = []
-    for devices in ("1", "2"):
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code, devices, policy],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=os.environ | environment,
-        )
-        assert done.returncode == 0, done.stderr
-        seen.append([float(each) for each in done.stdout.splitlines()[-1].split()])
-    (sparsity, total), (sparsity_of_two, total_of_two) = seen
-    assert sparsity == sparsity_of_two == 0.5
-    assert total_of_two == pytest.approx(total, rel=1e-5 if policy == "float32" else 1e-2)
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    of_one, of_two = json.loads(done.stdout.splitlines()[-1])
+    for (sparsity, total), (sparsity_of_two, total_of_two), tolerance in zip(of_one, of_two, (1e-5, 1e-2), strict=True):
+        assert sparsity == sparsity_of_two == 0.5
+        assert total_of_two == pytest.approx(total, rel=tolerance)
 
 
 # --- what is wrong is seen ---

@@ -20,6 +20,7 @@ def run_python(code: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.once
 def test_importing_the_package_adds_nothing_to_importing_keras_and_changes_no_environment():
     seen = run_python("""
 import json, os, sys
@@ -57,6 +58,7 @@ def test_an_unknown_public_name_is_an_attribute_error_that_lists_the_names():
         _ = kc.prune_low_magnitudes
 
 
+@pytest.mark.quick
 def test_evaluate_returns_the_formula_of_zhu_and_gupta():
     schedule = kc.PolynomialDecay(initial_sparsity=0.1, final_sparsity=0.7, begin_step=10, end_step=50, frequency=20)
     for step in range(0, 60, 5):
@@ -67,6 +69,7 @@ def test_evaluate_returns_the_formula_of_zhu_and_gupta():
         assert should_prune is (step in (10, 30, 50))
 
 
+@pytest.mark.quick
 def test_the_linked_magnitude_passes_through_the_papers_optima():
     schedule = lambda step: (True, step / 100)  # noqa: E731
     weaken = kc.SparsityLinkedMagnitude(schedule, {0.6: 4, 0.0: 14, 0.2: 12, 0.4: 8})

@@ -66,6 +66,7 @@ def config(model):
 # --- schemes ---
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("scheme", "expected"),  # Section IV-C, the text under Figures 4 and 6
     [

@@ -32,6 +32,7 @@ def peak(best, maximal=None):
 # --- what is found ---
 
 
+@pytest.mark.quick
 def test_the_optimal_and_the_maximal_magnitude_of_the_paper_are_found():
     result = search(TABLE)
     assert (result.optimal, result.maximal) == (14, 22)

@@ -120,6 +120,7 @@ def test_tfmot_does_let_weights_come_back_in_these_cases(tfmots):
     assert sum(int(np.sum(mask[1:] & ~mask[:-1])) for mask in masks if mask.dtype == bool) > 50
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("carrier", ["wrapper", "optimizer"])
 def test_a_weight_that_the_network_needs_comes_back_with_plain_sgd(carrier):
     rng = np.random.default_rng(0)

@@ -1,0 +1,50 @@
+import keras
+import pytest
+from keras import layers
+
+import kerascompress as kc
+from kerascompress import models
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "macs"),
+    [
+        (layers.Dense(5), (4, 3), 4 * 15),
+        (layers.EinsumDense("abc,cd->abd", (4, 5)), (4, 3), 4 * 15),
+        (layers.Conv1D(5, 3), (10, 2), 8 * 3 * 2 * 5),
+        (layers.Conv2D(6, 3, groups=2), (5, 5, 4), 9 * 9 * 2 * 6),
+        (layers.Conv2DTranspose(6, 2, strides=2), (5, 5, 4), 25 * 4 * 4 * 6),
+        (layers.DepthwiseConv2D(3, depth_multiplier=2), (5, 5, 4), 9 * 9 * 4 * 2),
+        (layers.SeparableConv2D(6, 3), (5, 5, 4), 9 * (9 * 4 + 4 * 6)),
+        (layers.Embedding(10, 4), (3,), 0),
+        (layers.LSTM(4), (3, 2), None),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_multiplications_are_counted_by_hand(layer, shape, macs):
+    assert kc.summary(keras.Sequential([keras.Input(shape), layer])).macs == macs
+
+
+def test_resnet20_has_the_published_multiplications_also_inside_of_a_model_and_pruned():
+    net = models.resnet20(10)
+    trainer = keras.Sequential([keras.Input((32, 32, 3)), kc.RandomCrop(4), net])
+    assert kc.summary(trainer).macs == kc.summary(net).macs == 40_813_184  # 40.8 M
+    pruned = kc.prune_low_magnitude(net, kc.ConstantSparsity(0.5, begin_step=0))
+    summary = kc.summary(pruned)
+    assert (summary.macs, summary.sparsity, summary.parameters) == (40_813_184, 0.0, 272_474 + 2 * 784)  # masks of ones
+    summary = kc.summary(kc.prune_now(net, 0.5))
+    assert summary.macs == 40_813_184
+    assert summary.sparsity == pytest.approx(0.5, abs=1e-3)
+    assert summary.parameters == 272_474 + 2 * 784
+    assert "40,813,184" in str(summary)
+
+
+def test_a_shared_layer_multiplies_in_every_call_and_a_free_size_is_not_known():
+    inputs, dense = keras.Input((4,)), layers.Dense(4)
+    assert kc.summary(keras.Model(inputs, dense(dense(inputs)))).macs == 32
+    assert kc.summary(models.resnet(8, 10, input_shape=(None, None, 3))).macs is None
+
+
+def test_a_model_that_is_not_built_is_refused():
+    with pytest.raises(ValueError, match="Build or call the model first"):
+        kc.summary(keras.Sequential([layers.Dense(2)]))
