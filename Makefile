@@ -30,7 +30,7 @@ test-tensorflow: install
 	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-jax: install
-	KERAS_BACKEND=jax $(BIN)/python -m pytest -n 2 --dist loadfile
+	KERAS_BACKEND=jax $(BIN)/python -m pytest -n 2 --dist loadfile tests  # the docstrings run on TensorFlow
 
 test-torch: .venv-torch/installed  ## run the tests on the Torch backend; not a part of `make test`
 	KERAS_BACKEND=torch .venv-torch/bin/python -m pytest -n 2 --dist loadfile

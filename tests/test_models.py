@@ -269,6 +269,7 @@ def test_a_block_is_keras_alone_and_one_more_fits_behind_a_loaded_one(block, inp
     assert longer.output_shape == model.output_shape
 
 
+@pytest.mark.once
 @pytest.mark.filterwarnings("ignore:Global pruning to a sparsity of .* leaves nothing of")  # nobody has trained them
 @pytest.mark.parametrize("network", ["mobilenet_v2", "shufflenet_v2"])
 def test_one_threshold_prunes_depthwise_and_pointwise_kernels(network):

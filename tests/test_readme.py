@@ -26,6 +26,7 @@ class Subclassed(keras.Model):
         return self.head(keras.ops.mean(keras.ops.cast(images, "float32"), axis=(1, 2)) / 255)
 
 
+@pytest.mark.once
 def test_the_tour_in_the_readme_runs(tmp_path, monkeypatch, capsys):
     tour = "".join(re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL))
     for theirs, smaller in {
