@@ -68,8 +68,8 @@ def export_saved_model(
     `path`; if anything fails, `path` stays as it was. It holds the weights that inference reads, each once and named by
     its Keras path, and nothing of augmentation layers. The report is written into the folder as `report.json`.
 
-    On Torch, another process with `KERAS_BACKEND=tensorflow` writes it; layers of your own must be written with `keras.ops`
-    and lie in a module, so that it can load them.
+    On Torch, another process with `KERAS_BACKEND=tensorflow` writes it; layers of your own must be written with
+    `keras.ops` and lie in a module, so that it can load them.
 
     Args:
         model: A built Sequential or Functional model, pruned or not. It is left as it is. Inputs and outputs may be
