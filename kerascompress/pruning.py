@@ -545,8 +545,9 @@ def pruning_vars(model: keras.Layer) -> list[tuple[keras.Variable, keras.Variabl
 
 def effective_kernels(model: keras.Layer) -> list[np.ndarray]:
     """`kernels_of` a model, as the forward pass sees them: zero where a mask is."""
-    masks = {id(kernel): mask for kernel, mask, _ in pruning_vars(model)}
-    chosen = [kernel for kernel, _, _ in pruning_vars(model)]  # by `allow` of an optimizer, too
+    pruned = pruning_vars(model)
+    masks = {id(kernel): mask for kernel, mask, _ in pruned}
+    chosen = [kernel for kernel, _, _ in pruned]  # by `allow` of an optimizer, too
     kernels = {id(kernel): kernel for kernel in [*kernels_of(model), *chosen]}
     return [_numpy(kernel) * (_numpy(masks[key]) if key in masks else 1) for key, kernel in kernels.items()]
 
