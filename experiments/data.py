@@ -1,4 +1,6 @@
-"""The data sets: digits (comes with scikit-learn), CIFAR-10 and CIFAR-100, each with a fixed validation split."""
+"""The data sets: digits (comes with scikit-learn), CIFAR-10, CIFAR-100 and folders of images such as ImageNet's, each
+with a fixed validation split.
+"""
 
 import pathlib
 import pickle
@@ -7,12 +9,15 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
-DATASETS = ("digits", "cifar10", "cifar100")
+from experiments import folder
+from kerascompress.models.layers import STEMS
+
+DATASETS = ("digits", "cifar10", "cifar100", "imagenet")
 VALIDATION = 0.1  # of the training set, the same images whatever the seed of a run
 
 
 class Data(NamedTuple):
-    """Images uint8 `(n, height, width, channels)` and labels int32 `(n,)` of each split."""
+    """Images uint8 `(n, height, width, channels)`, an array or `Files`, and labels int32 `(n,)` of each split."""
 
     train: tuple
     validation: tuple
@@ -26,6 +31,11 @@ class Data(NamedTuple):
     @property
     def input_shape(self):
         return self.train[0].shape[1:]
+
+    @property
+    def in_files(self):
+        """Whether images are read while a network trains; then they come cropped and mirrored."""
+        return isinstance(self.train[0], folder.Files)
 
 
 class Layout(NamedTuple):
@@ -62,16 +72,22 @@ LAYOUTS = {
 }
 
 
-def load(dataset, data_dir=None, *, train_images=None, eval_images=None, image_size=None):
+def load(dataset, data_dir=None, *, train_images=None, eval_images=None, image_size=None, **of_files):
     """Returns the `Data` of one data set; `train_images` and `eval_images` keep a stratified part of them.
 
-    `image_size` is the side to which images are reduced, by the mean of square blocks of pixels.
+    `image_size` is the side to which images are reduced, by the mean of square blocks of pixels, or, where they lie in
+    files, cropped and resized; `of_files` are the further arguments of `folder.splits`.
     """
     if dataset not in DATASETS:
         raise ValueError(f"`dataset` must be one of {', '.join(DATASETS)}. Received: dataset={dataset!r}.")
     if dataset == "digits":
         train, test = _digits()
         facts = {"num_classes": 10, "flip": False, "fill_value": 0, "mean": (78,), "std": (96,)}
+    elif dataset == "imagenet":
+        found = folder.listing(data_dir)
+        train, test = folder.splits(found, image_size or 224, **of_files)
+        _, mean, std = STEMS["imagenet"]
+        facts = {"num_classes": len(found.classes), "flip": True, "fill_value": 128, "mean": mean, "std": std}
     else:
         layout = LAYOUTS[dataset]
         train, test = _cifar_from_folder(layout, data_dir) if data_dir else _cifar_from_keras(dataset)
@@ -82,7 +98,7 @@ def load(dataset, data_dir=None, *, train_images=None, eval_images=None, image_s
             "mean": layout.mean,
             "std": layout.std,
         }
-    if image_size is not None:
+    if image_size is not None and dataset != "imagenet":
         train, test = ((reduce(images, image_size), labels) for images, labels in (train, test))
     order = stratified_order(train[1])
     held_out = round(VALIDATION * len(order))

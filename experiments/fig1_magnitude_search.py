@@ -33,7 +33,7 @@ def outcome(run):
 
 
 def main(_):
-    study = flags.Study("fig1", takes=("sparsities", "magnitudes"))
+    study = flags.Study("fig1", takes=("augment_in", "sparsities", "magnitudes"))
     usual = SMOKE if FLAGS.smoke else {"sparsities": SPARSITIES, "magnitudes": MAGNITUDES}
     magnitudes = flags.magnitudes("magnitudes", usual["magnitudes"])
     runs = [

@@ -98,7 +98,7 @@ def after_its_dense_network(run):
 
 
 def main(_):
-    study = flags.Study("fig4", takes=("sparsities", "strong", "weak"))
+    study = flags.Study("fig4", takes=("augment_in", "sparsities", "strong", "weak"))
     if study.epochs % 2:
         raise ValueError(f"`epochs` must be even: one arm halves them. Received: epochs={study.epochs}.")
     sparsities = flags.sparsities(SMOKE["sparsities"] if FLAGS.smoke else WEAK)

@@ -59,7 +59,7 @@ def outcome(run):
 
 
 def main(_):
-    study = flags.Study("fig6", takes=("strong", "weak"))
+    study = flags.Study("fig6", takes=("augment_in", "strong", "weak"))
     model = study.settings["model"]
     if model.partition("w")[0] not in EXTRA_BLOCKS:
         raise ValueError(

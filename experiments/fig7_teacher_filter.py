@@ -45,7 +45,7 @@ ARMS = {  # the magnitude, and how the Distiller selects
     "(b) divergence alone": (RANDOM, {"num_candidates": 4, "ce_weight": 0.0}),
 }
 LOSS = {"temperature": 4.0, "alpha": 0.1}  # RepDistiller's; the paper gives none
-TEACHERS = {"digits": "resnet14", "cifar10": "resnet110", "cifar100": "resnet110"}
+TEACHERS = {"digits": "resnet14", "cifar10": "resnet110", "cifar100": "resnet110", "imagenet": "resnet110"}
 TEACHER_SEED = 10_000  # no student's: initial weights are made of the seed and the names of the layers
 SMOKE = {"arms": ("random", "teacher filter"), "teacher": "resnet8w8"}
 
@@ -99,7 +99,7 @@ def outcome(run):
         return training.trained(run, training.build_model(run))
     student, teacher, teacher_test, result = distil(run)
     distiller, _ = make_distiller(run, student, teacher)
-    images, labels = (part[: 4 * run.batch_size] for part in training.data_of(run).train)
+    images, labels = (np.asarray(part[: 4 * run.batch_size]) for part in training.data_of(run).train)
     views = distiller.draw_candidates(images, labels)
     chosen = {name: keras.ops.convert_to_numpy(views[name]) for name in ("chosen", "magnitude")}
     return (
@@ -138,7 +138,7 @@ def draw_candidates(run, path):
     """Draws real images with their candidates, what Equation 6 says of each, and the chosen one in a frame."""
     student, teacher, *_ = distil(run)
     distiller, _ = make_distiller(run, student, teacher)
-    images, labels = (part[:6] for part in training.data_of(run).train)
+    images, labels = (np.asarray(part[:6]) for part in training.data_of(run).train)
     views = {k: keras.ops.convert_to_numpy(v) for k, v in distiller.draw_candidates(images, labels).items()}
     n = distiller.num_candidates
     figure = matplotlib.figure.Figure(figsize=(1.7 * (n + 1), 2.05 * len(images)), layout="constrained", dpi=100)

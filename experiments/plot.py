@@ -24,7 +24,7 @@ absl_flags.DEFINE_enum(
     "Accuracy to show: of the last epoch, or of the epoch that is best on the validation images.",
 )
 SETTING = ("dataset", "model", "train_images", "epochs", "batch_size", "learning_rate", "smoke", "augmenter")
-SETTING += ("strong", "teacher", "image_size", "schedule", "carrier", "evaluate_every")
+SETTING += ("strong", "teacher", "image_size", "schedule", "carrier", "evaluate_every", "content", "augment_in")
 OURS = ("decayed", "inherit", "teacher filter")  # the paper's own arms stand out
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the marker says it again.
 COLOURS = ["#999999", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#000000"]
@@ -45,9 +45,11 @@ def title(rows):
     of = "" if row.get("image_size") is None else f" of {row['image_size']}x{row['image_size']}"
     stages = f", {row['epochs']} epochs a stage" + (" along one cosine" if row.get("schedule") == "cosine" else "")
     of += f"{stages}, keras-cv's RandAugment" if row.get("augmenter") == "keras_cv" else stages
+    of += ", RandAugment in the pipeline" if row.get("augment_in") == "pipeline" else ""
     of += "" if row.get("strong") is None else f", strong is M = {row['strong']:g}"
     of += "" if row.get("teacher") is None else f"\nteacher: {row['teacher']}"
-    return f"{row['model']}, {row['dataset']}, {row['images']['train']:,} images{of}"
+    name = f"{row['dataset']} ({row['content'].rpartition(' ')[0]})" if row.get("content") else row["dataset"]
+    return f"{row['model']}, {name}, {row['images']['train']:,} images{of}"
 
 
 def statistics(rows, accuracy):

@@ -43,9 +43,12 @@ class Run:
     carrier: str = "wrapper"  # of the masks
     evaluate_every: int = 1  # epochs from one look at the validation images to the next
     path: str | None = None  # ratios and magnitudes that led here, where they are not the paper's
+    content: str | None = None  # of the folder, where images lie in files: how many classes, and a checksum
+    augment_in: str = "model"  # where RandAugment acts
 
     # Not of the key: where things are, what must be done before, and for how many epochs this run itself trains.
     data_dir: str | None = dataclasses.field(default=None, compare=False)
+    skip_damaged: bool = dataclasses.field(default=False, compare=False)
     checkpoints: str | None = dataclasses.field(default=None, compare=False)
     after: "Run | None" = dataclasses.field(default=None, compare=False)
     work: int | None = dataclasses.field(default=None, compare=False)

@@ -17,7 +17,8 @@ from absl import flags as absl_flags
 from experiments import data as datasets
 from experiments import flags  # noqa: F401 (defines --data_dir)
 from experiments.runs import HERE
-from kerascompress.augment import OPS, RandAugment, apply
+from kerascompress.augment import OPS, RandAugment
+from kerascompress.rounds import apply
 
 FLAGS = absl_flags.FLAGS
 absl_flags.DEFINE_string("folder", str(HERE / "results"), "Folder for the two pictures.")

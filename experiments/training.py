@@ -17,11 +17,14 @@ import numpy as np
 
 import kerascompress as kc
 from experiments import data as datasets
+from experiments import folder
 from experiments.runs import locked, on_gpu
 
 logging.getLogger("tensorflow").setLevel("ERROR")  # it warns of every run that traces functions of its own
 
+EVALUATE = 500  # images of a batch without gradients
 SAVE_EVERY = 30.0  # seconds from one state on the disk to the next
+LARGE = {"stem": "imagenet", "weight_decay": 4e-5}  # of images above 64x64, as MobileNetV2 was published
 
 
 def report(epochs, note=""):
@@ -33,12 +36,23 @@ def report(epochs, note=""):
 
 def data_of(run):
     """Returns the images of a run."""
-    return _load(run.dataset, run.data_dir, run.train_images, run.train_images if run.smoke else None, run.image_size)
+    eval_images = run.train_images if run.smoke else None
+    of_files = (run.content, run.checkpoints, run.skip_damaged) if run.dataset == "imagenet" else ()
+    return _load(run.dataset, run.data_dir, run.train_images, eval_images, run.image_size, *of_files)
 
 
 @functools.lru_cache(maxsize=1)
-def _load(dataset, data_dir, train_images, eval_images, image_size):
-    return datasets.load(dataset, data_dir, train_images=train_images, eval_images=eval_images, image_size=image_size)
+def _load(dataset, data_dir, train_images, eval_images, image_size, content=None, checked=None, skip_damaged=False):
+    of_files = {}
+    if content is not None:
+        of_files = {"checked": checked, "skip_damaged": skip_damaged}
+        if folder.listing(data_dir).content != content:
+            raise ValueError(
+                f"The images in {data_dir} are not those for which the run was planned, {content}. "
+                f"Received: {folder.listing(data_dir).content}."
+            )
+    sizes = {"train_images": train_images, "eval_images": eval_images, "image_size": image_size}
+    return datasets.load(dataset, data_dir, **sizes, **of_files)
 
 
 def check(run):
@@ -49,6 +63,13 @@ def check(run):
         raise ValueError(
             f"`batch_size` must be at most {images}, the number of training images. "
             f"Received: batch_size={run.batch_size}."
+        )
+    in_pipeline = run.augment_in == "pipeline"
+    backend, augmenter = keras.backend.backend(), run.augmenter
+    if in_pipeline and (run.dataset, backend, augmenter) != ("imagenet", "tensorflow", "kerascompress"):
+        raise ValueError(
+            "--augment_in=pipeline needs --dataset=imagenet, the TensorFlow backend and --augmenter=kerascompress. "
+            f"Received: {run.dataset}, {backend}, {augmenter}. Leave it: RandAugment is then in the model."
         )
 
 
@@ -65,6 +86,7 @@ def build_model(run, seed=None):
         mean=data.mean,
         std=data.std,
         seed=run.seed if seed is None else seed,
+        **(LARGE if data.input_shape[0] > 64 else {}),
     )
 
 
@@ -89,7 +111,9 @@ def layer_seeds(run, count, stage=0):
 
 
 def base_augmentation(data, crop_seed, flip_seed):
-    """The paper's random crop, by an eighth of the side (4 pixels of 32), and its horizontal flip."""
+    """The paper's random crop, by an eighth of the side (4 pixels of 32), and its horizontal flip; not of files."""
+    if data.in_files:
+        return []
     crop = kc.RandomCrop(padding=data.input_shape[0] // 8, fill_value=data.fill_value, seed=crop_seed)
     return [crop, keras.layers.RandomFlip("horizontal", seed=flip_seed)] if data.flip else [crop]
 
@@ -184,7 +208,7 @@ def classifier(run, net, stage):
     """Returns the network behind the run's augmentation, and its RandAugment."""
     data = data_of(run)
     *base_seeds, seed = layer_seeds(run, 3, stage)
-    augment = None if run.magnitude is None else rand_augment(run, seed)
+    augment = None if run.magnitude is None or run.augment_in == "pipeline" else rand_augment(run, seed)
     layers = [*base_augmentation(data, *base_seeds), *([augment] if augment else []), net]
     return keras.Sequential([keras.Input(data.input_shape, dtype="uint8"), *layers]), augment
 
@@ -219,6 +243,7 @@ def _prepare(run, net, schedule, moves, around, stage):
 def _alike(run, net, schedule, around, together):
     """Returns what decides a compiled step: all but the values of variables."""
     values = {"figure", "arm", "sparsity", "magnitude", "seed", "strong", "teacher", "path", "evaluate_every"}
+    values |= {"content"} if run.content else set()
     return (
         *(value for name, value in run.key.items() if name not in values),
         *((variable.path, tuple(variable.shape)) for variable in net.variables),
@@ -254,23 +279,44 @@ def _state(fitted):
 
 
 def _fit(run, fitted, callbacks, best_from, stage):
-    data, images = data_of(run), _Epochs(run, stage)
-    keeper = _Keeper(run, fitted, images, best_from)
+    data = data_of(run)
+    keeper = _Keeper(run, fitted, best_from)
     keeper.load()
     looks = [epoch for epoch in range(1, run.epochs + 1) if epoch % run.evaluate_every == 0 or epoch == run.epochs]
     if keeper.epochs < run.epochs:
+        images = _epochs_of_files(run, stage, keeper.epochs) if data.in_files else _Epochs(run, stage)
         fitted.fit(
             images,
             shuffle=False,
+            steps_per_epoch=steps_per_epoch(run) if data.in_files else None,
             initial_epoch=keeper.epochs,
             epochs=run.epochs,
-            validation_data=data.validation,
-            validation_batch_size=500,
+            validation_data=_in_order(data.validation),
+            validation_batch_size=None if data.in_files else EVALUATE,
             validation_freq=looks,
-            callbacks=[*callbacks, keeper],
+            callbacks=[*callbacks, *([] if data.in_files else [images.follow]), keeper],
             verbose=0,
         )
     return keeper.result(data)
+
+
+def _epoch_random(run, stage, epoch):
+    """Returns what decides the order of the images in an epoch."""
+    return np.random.default_rng((run.seed, round(100 * run.sparsity), epoch, stage))
+
+
+def _epochs_of_files(run, stage, first):
+    """Returns the remaining epochs as one dataset, each decided by its number alone."""
+    images, labels = data_of(run).train
+    augment = rand_augment(run, 0) if run.augment_in == "pipeline" and run.magnitude is not None else None
+    randoms = [_epoch_random(run, stage, epoch) for epoch in range(first, run.epochs)]
+    return images.epochs(labels, run.batch_size, randoms, augment)
+
+
+def _in_order(split):
+    """Returns the images and labels of a split as `fit` and `evaluate` take them."""
+    images, labels = split
+    return images.in_order(labels, EVALUATE // 5) if isinstance(images, folder.Files) else (images, labels)
 
 
 def compile_classifier(model, optimizer, **settings):
@@ -291,11 +337,11 @@ class _Epochs(keras.utils.PyDataset):
         self.run, self.stage = run, stage
         self.images, self.labels = data_of(run).train
         self.begin(0)
+        # Keras' own hooks are called more often than there are epochs.
+        self.follow = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: self.begin(epoch))
 
     def begin(self, epoch):
-        """Called by the callback: Keras' own hooks are called more often than there are epochs."""
-        seed = self.run.seed, round(100 * self.run.sparsity), epoch, self.stage
-        self.order = np.random.default_rng(seed).permutation(len(self.labels))
+        self.order = _epoch_random(self.run, self.stage, epoch).permutation(len(self.labels))
 
     def __len__(self):
         return len(self.labels) // self.run.batch_size
@@ -308,9 +354,9 @@ class _Epochs(keras.utils.PyDataset):
 class _Keeper(keras.callbacks.Callback):
     """Keeps the state of a training, and the best of its states, in memory and now and then in a file."""
 
-    def __init__(self, run, fitted, images, best_from):
+    def __init__(self, run, fitted, best_from):
         super().__init__()
-        self.run, self.images, self.best_from = run, images, best_from
+        self.run, self.best_from = run, best_from
         self.fitted, self.variables = fitted, _state(fitted)
         self.looks, self.best, self.epochs, self.seconds = [], [], 0, 0.0
 
@@ -323,9 +369,6 @@ class _Keeper(keras.callbacks.Callback):
             assign(self.variables, state)
             report(self.epochs, str(self.run))
         self.since = self.saved = time.monotonic()
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self.images.begin(epoch)
 
     def on_epoch_end(self, epoch, logs=None):
         _ = self.model  # on JAX: brings the state back before it is read
@@ -376,8 +419,11 @@ class _Keeper(keras.callbacks.Callback):
 
 
 def accuracy(model, split):
-    images, labels = split
-    return round(model.evaluate(images, labels, batch_size=500, verbose=0, return_dict=True)["accuracy"], 6)
+    given = _in_order(split)
+    settings = {"verbose": 0, "return_dict": True}
+    if isinstance(given, tuple):
+        return round(model.evaluate(*given, batch_size=EVALUATE, **settings)["accuracy"], 6)
+    return round(model.evaluate(given, **settings)["accuracy"], 6)
 
 
 def sizes(model):

@@ -179,7 +179,7 @@ def test_without_a_folder_the_archive_comes_through_keras(monkeypatch):
 
 
 def test_unknown_data_set_and_impossible_number_of_images_are_errors():
-    with pytest.raises(ValueError, match=r"digits, cifar10, cifar100. Received: dataset='mnist'"):
+    with pytest.raises(ValueError, match=r"digits, cifar10, cifar100, imagenet. Received: dataset='mnist'"):
         data.load("mnist")
     for n in (0, 5, 1214):
         with pytest.raises(ValueError, match=f"between 10 and 1213.*Received: train_images={n}"):

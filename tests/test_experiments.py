@@ -283,7 +283,7 @@ def test_impossible_settings_are_errors_before_any_training(tmp_path, monkeypatc
 
 @pytest.mark.once
 @pytest.mark.parametrize(
-    ("flag", "allowed"), [("dataset=mnist", r"<digits\|cifar10\|cifar100>"), ("workers=0", "auto")]
+    ("flag", "allowed"), [("dataset=mnist", r"<digits\|cifar10\|cifar100\|imagenet>"), ("workers=0", "auto")]
 )
 def test_unknown_value_is_refused_by_its_flag(flag, allowed):
     with flagsaver.flagsaver(), pytest.raises(absl_flags.IllegalFlagValueError, match=allowed):
