@@ -14,7 +14,7 @@ from multiprocessing import connection
 
 import tqdm
 
-from experiments import training
+from experiments import devices, training
 from experiments.runs import append_row, provenance
 
 
@@ -40,7 +40,8 @@ def carry_out(runs, outcome, *, workers, results):
     """
     waiting = _stages_first(runs)
     failed = {}
-    with _progress(sum(run.work for run in waiting)) as bar, _engine(workers, outcome, bar) as engine:
+    each = max((run.devices for run in waiting), default=1)
+    with _progress(sum(run.work for run in waiting)) as bar, _engine(workers, outcome, bar, each) as engine:
         while waiting or engine.running:
             for run in list(waiting):
                 if run.after in failed:
@@ -78,18 +79,20 @@ def _is_done(run):
 
 def _row(outcome, run):
     """Carries out a run where this is called, and returns its row."""
-    return run.key | outcome(run) | provenance()
+    with devices.spread(run.devices):
+        return run.key | outcome(run) | provenance() | ({"devices": run.devices} if run.devices > 1 else {})
 
 
 @contextlib.contextmanager
-def _engine(workers, outcome, bar):
+def _engine(workers, outcome, bar, each):
     if workers.startswith("ray"):
-        engine = _Ray(outcome, bar, workers)
+        engine = _Ray(outcome, bar, workers, each)
     elif workers == "1":
         engine = _Loop(outcome, bar)
     else:
         gpus = _gpus()
-        engine = _Pool(outcome, bar, (len(gpus) or os.cpu_count()) if workers == "auto" else int(workers), gpus)
+        many = max(1, (len(gpus) or os.cpu_count()) // each)
+        engine = _Pool(outcome, bar, many if workers == "auto" else int(workers), gpus, each)
     try:
         yield engine
     finally:
@@ -140,10 +143,10 @@ class _Loop(_Engine):
 class _Pool(_Engine):
     """Processes of their own, one run at a time each. One that dies is replaced."""
 
-    def __init__(self, outcome, bar, size, gpus):
+    def __init__(self, outcome, bar, size, gpus, each):
         super().__init__(outcome, bar)
         self.idle = collections.deque(range(size))
-        self.environments = [_environment(slot, size, gpus) for slot in range(size)]
+        self.environments = [_environment(slot, size, gpus, each) for slot in range(size)]
         self.workers = {}  # slot: (process, our end of its pipe)
         self.at = {}  # slot: run
 
@@ -221,13 +224,15 @@ def _exit(code):
     return f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
 
 
-def _environment(slot, size, gpus):
-    """Returns the environment of a process of the pool: a GPU of its own, or a share of one if there are too few."""
+def _environment(slot, size, gpus, each=1):
+    """Returns the environment of a process of the pool: GPUs of its own, or a share of some if there are too few."""
     if not gpus:
         return {}
-    share = 0.9 / math.ceil(size / len(gpus))
+    if each > len(gpus):
+        raise ValueError(f"--devices must be at most {len(gpus)}, the GPUs of this machine. Received: {each}.")
+    share = 0.9 / math.ceil(size * each / len(gpus))
     return {
-        "CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)],
+        "CUDA_VISIBLE_DEVICES": ",".join(gpus[(slot * each + i) % len(gpus)] for i in range(each)),
         "TF_FORCE_GPU_ALLOW_GROWTH": "true",
         "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.2f}",
     }
@@ -246,7 +251,7 @@ def _gpus():
 class _Ray(_Engine):
     """A Ray cluster: `ray.remote` around a run, and nothing else of Ray. It has to see the folder of checkpoints."""
 
-    def __init__(self, outcome, bar, workers):
+    def __init__(self, outcome, bar, workers, each):
         super().__init__(outcome, bar)
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         try:
@@ -259,8 +264,10 @@ class _Ray(_Engine):
         local = {"include_dashboard": False, "log_to_driver": False}
         ray.init(**local) if workers == "ray" else ray.init(workers)
         gpus = int(ray.cluster_resources().get("GPU", 0))
-        self.size = gpus or int(ray.cluster_resources()["CPU"])
-        needs = {"num_gpus": 1} if gpus else {"num_cpus": 1}
+        self.size = (gpus or int(ray.cluster_resources()["CPU"])) // each
+        if self.size == 0:
+            raise ValueError(f"The Ray cluster has fewer than --devices={each} GPUs, or cores if it has no GPU.")
+        needs = {"num_gpus": each} if gpus else {"num_cpus": each}
         self.remote = ray.remote(max_retries=0, **needs)(_row)
         self.at = {}  # Ray's reference: run
 

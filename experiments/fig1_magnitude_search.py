@@ -32,9 +32,10 @@ def outcome(run):
     return training.trained(run, net, **pruning) | training.sizes(net)
 
 
-def main(_):
-    study = flags.Study("fig1", takes=("augment_in", "sparsities", "magnitudes"))
-    usual = SMOKE if FLAGS.smoke else {"sparsities": SPARSITIES, "magnitudes": MAGNITUDES}
+def search(figure, **usual):
+    """Carries out a figure of magnitudes by pruning ratios, of which the usual ones are given, and draws it."""
+    study = flags.Study(figure, takes=("augment_in", "sparsities", "magnitudes"))
+    usual = SMOKE if FLAGS.smoke else usual
     magnitudes = flags.magnitudes("magnitudes", usual["magnitudes"])
     runs = [
         study.run(arm=flags.magnitude_name(magnitude), sparsity=sparsity, magnitude=magnitude, seed=seed)
@@ -42,7 +43,11 @@ def main(_):
         for sparsity in flags.sparsities(usual["sparsities"])
         for magnitude in magnitudes
     ]
-    plot.show("fig1", study.carry_out(runs, outcome), study.out)
+    plot.show(figure, study.carry_out(runs, outcome), study.out)
+
+
+def main(_):
+    search("fig1", sparsities=SPARSITIES, magnitudes=MAGNITUDES)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import re
 from absl import flags, logging
 
 from experiments import data as datasets
-from experiments import engine, folder, training
+from experiments import devices, engine, folder, training
 from experiments.runs import HERE, Run, check_writable, find, read_rows
 
 RECIPES = {  # stages of 200 epochs, batch 128, SGD at 0.1: the paper authors' script
@@ -23,17 +23,9 @@ RECIPES = {  # stages of 200 epochs, batch 128, SGD at 0.1: the paper authors' s
     },
 }
 SMOKE = {"model": "resnet8w4", "epochs": 2, "batch_size": 32, "train_images": 64}
-SOME = (
-    "augment_in",
-    "sparsities",
-    "magnitudes",
-    "decayed",
-    "strong",
-    "weak",
-    "teacher",
-    "teacher_epochs",
-    "teacher_magnitude",
-)
+SOME = ("sparsities", "magnitudes", "decayed", "strong", "weak", "teacher", "teacher_epochs", "teacher_magnitude")
+SOME += ("augment_in",)
+OF_FILES = ("skip_damaged", "augment_in", "crop_area")
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum(
@@ -68,6 +60,13 @@ flags.DEFINE_integer(
     "Side to which images are reduced, by the mean of square blocks of pixels; it must divide the data set's. "
     "Of imagenet: the side to which crops are resized, any number. Default: the data set's, 32 or 8; 224 of imagenet.",
     lower_bound=1,
+)
+flags.DEFINE_float(
+    "crop_area",
+    None,
+    "imagenet: the least share of its area that a random crop of an image keeps. Default: 0.08, the field's.",
+    lower_bound=0.01,
+    upper_bound=1,
 )
 flags.DEFINE_string(
     "model",
@@ -132,6 +131,13 @@ flags.DEFINE_string(
     "auto, as many as there are GPUs, or cores; ray, or ray://<address>, a Ray cluster.",
 )
 flags.register_validator("workers", engine.is_workers, "must be a number of at least 1, auto, ray or ray://<address>")
+flags.DEFINE_integer(
+    "devices",
+    1,
+    "Devices of one training: so many GPUs of each worker, or virtual devices of the processor. The batch and the "
+    "learning rate are those of the training, whatever their number, and so is the result, up to rounding.",
+    lower_bound=1,
+)
 flags.DEFINE_enum(
     "augmenter",
     "kerascompress",
@@ -194,28 +200,23 @@ class Study:
         for name in SOME:
             if FLAGS[name].present and name not in takes:
                 raise ValueError(f"--{name} is no flag of {figure}. Received: --{name}={FLAGS[name].value}.")
+        for name in OF_FILES:
+            if FLAGS[name].present and FLAGS.dataset != "imagenet":
+                raise ValueError(f"--{name} is a flag of --dataset=imagenet. Received: --dataset={FLAGS.dataset}.")
         logging.set_verbosity(logging.WARNING)  # an export logs much
         recipe = {"schedule": "paper", "train_images": None} | RECIPES[FLAGS.dataset] | (SMOKE if FLAGS.smoke else {})
         self.settings = {
             name: default if FLAGS[name].value is None else FLAGS[name].value
             for name, default in (recipe | {"carrier": carrier}).items()
         }
-        names = (
-            "dataset",
-            "smoke",
-            "augmenter",
-            "image_size",
-            "evaluate_every",
-            "data_dir",
-            "skip_damaged",
-            "augment_in",
-        )
+        names = ("dataset", "smoke", "augmenter", "image_size", "evaluate_every", "data_dir", "devices", *OF_FILES)
         self.settings |= {"figure": figure} | {name: FLAGS[name].value for name in names}
         self.settings["checkpoints"] = str(pathlib.Path(FLAGS.checkpoints or HERE / "checkpoints").absolute())
         self.seeds = [0] if FLAGS.smoke and FLAGS["seeds"].using_default_value else [int(seed) for seed in FLAGS.seeds]
         name = f"{figure}_{FLAGS.dataset}{'_smoke' if FLAGS.smoke else ''}.jsonl"
         self.results = pathlib.Path(FLAGS.results or HERE / "results" / name)
         check_writable(self.results)
+        devices.claim(FLAGS.devices)
         if FLAGS.dataset == "imagenet":
             found = folder.listing(FLAGS.data_dir)
             self.settings["content"] = found.content

@@ -20,6 +20,7 @@ import keras
 import numpy as np
 
 ENDINGS = (".jpeg", ".jpg", ".png", ".bmp", ".gif")
+CROP_AREA = 0.08  # Szegedy et al. 2015, and everybody since
 LAYOUT = "DIR must hold train/<class>/ and val/<class>/ with images, as ImageNet is laid out"
 
 
@@ -166,14 +167,14 @@ class Files:
         prefix = os.path.join(os.fsencode(self.root), b"")
         return [prefix + path for path in paths.tolist()]
 
-    def in_order(self, labels, batch_size):
-        """Returns a `tf.data` dataset of (images, labels) for evaluation: the center of each image."""
+    def in_order(self, labels, weights, batch_size):
+        """Returns a `tf.data` dataset of (images, labels, weights) for evaluation: the center of each image."""
         tf = _tensorflow()
-        dataset = tf.data.Dataset.from_tensor_slices((self._full(self.paths), labels))
-        dataset = dataset.map(lambda path, label: (_center(path, self.side), label), num_parallel_calls=_cores())
+        dataset = tf.data.Dataset.from_tensor_slices((self._full(self.paths), labels, weights))
+        dataset = dataset.map(lambda path, *others: (_center(path, self.side), *others), num_parallel_calls=_cores())
         return dataset.batch(batch_size).prefetch(1).with_options(_options())
 
-    def epochs(self, labels, batch_size, randoms, augment=None):
+    def epochs(self, labels, batch_size, randoms, augment=None, crop_area=None):
         """Returns a `tf.data` dataset of (images, labels) that passes through the images once for each of `randoms`.
 
         Args:
@@ -181,6 +182,7 @@ class Files:
             batch_size: Of whole batches; what is left of an epoch is dropped.
             randoms: NumPy generators, one an epoch, that decide its order, crops and flips.
             augment: A `kc.RandAugment`, which acts last, on batches (TensorFlow backend).
+            crop_area: The least share of an image that a crop keeps, by default `CROP_AREA`.
         """
         tf = _tensorflow()
 
@@ -194,7 +196,8 @@ class Files:
         dataset = tf.data.Dataset.from_generator(orders, output_signature=kinds)
         dataset = dataset.flat_map(lambda *epoch: tf.data.Dataset.from_tensor_slices(epoch))
         dataset = dataset.map(
-            lambda path, label, seed: (_random_crop(path, self.side, seed), label, seed), num_parallel_calls=_cores()
+            lambda path, label, seed: (_random_crop(path, self.side, seed, crop_area or CROP_AREA), label, seed),
+            num_parallel_calls=_cores(),
         )
         dataset = dataset.batch(batch_size, drop_remainder=True)
         dataset = dataset.map(
@@ -228,8 +231,8 @@ def _center(path, side):
     return _to_bytes(image[top : top + side, left : left + side], side)
 
 
-def _random_crop(path, side, seed):
-    """A box of 8 to 100 % of the area, 3/4 to 4/3 as wide as high, resized, and mirrored or not (Szegedy et al.)."""
+def _random_crop(path, side, seed, crop_area):
+    """A box of that share of the area at least, 3/4 to 4/3 as wide as high, resized, and mirrored or not."""
     tf = _tensorflow()
     content = tf.io.read_file(path)
     is_jpeg = tf.io.is_jpeg(content)
@@ -241,7 +244,7 @@ def _random_crop(path, side, seed):
         seed,
         min_object_covered=0.0,
         aspect_ratio_range=(3 / 4, 4 / 3),
-        area_range=(0.08, 1.0),
+        area_range=(crop_area, 1.0),
         max_attempts=10,
         use_image_if_no_bounding_boxes=True,
     )

@@ -24,7 +24,17 @@ absl_flags.DEFINE_enum(
     "Accuracy to show: of the last epoch, or of the epoch that is best on the validation images.",
 )
 SETTING = ("dataset", "model", "train_images", "epochs", "batch_size", "learning_rate", "smoke", "augmenter")
-SETTING += ("strong", "teacher", "image_size", "schedule", "carrier", "evaluate_every", "content", "augment_in")
+SETTING += (
+    "strong",
+    "teacher",
+    "image_size",
+    "schedule",
+    "carrier",
+    "evaluate_every",
+    "content",
+    "augment_in",
+    "crop_area",
+)
 OURS = ("decayed", "inherit", "teacher filter")  # the paper's own arms stand out
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the marker says it again.
 COLOURS = ["#999999", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#000000"]
@@ -45,6 +55,7 @@ def title(rows):
     of = "" if row.get("image_size") is None else f" of {row['image_size']}x{row['image_size']}"
     stages = f", {row['epochs']} epochs a stage" + (" along one cosine" if row.get("schedule") == "cosine" else "")
     of += f"{stages}, keras-cv's RandAugment" if row.get("augmenter") == "keras_cv" else stages
+    of += f", crops from {100 * row['crop_area']:g} %" if row.get("crop_area") else ""
     of += ", RandAugment in the pipeline" if row.get("augment_in") == "pipeline" else ""
     of += "" if row.get("strong") is None else f", strong is M = {row['strong']:g}"
     of += "" if row.get("teacher") is None else f"\nteacher: {row['teacher']}"
@@ -131,7 +142,7 @@ def curves(axes, arms):
     axes.set_xlabel("magnitude M (star: optimal, bar: maximal)")
 
 
-FIGURES = {"fig1": curves, "fig3": lines, "fig4": lines, "fig6": columns, "fig7": columns}
+FIGURES = {"fig1": curves, "fig2": curves, "fig3": lines, "fig4": lines, "fig6": columns, "fig7": columns}
 absl_flags.DEFINE_enum("figure", "fig3", list(FIGURES), "Figure to draw from the rows in --results.")
 
 

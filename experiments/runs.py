@@ -45,11 +45,13 @@ class Run:
     path: str | None = None  # ratios and magnitudes that led here, where they are not the paper's
     content: str | None = None  # of the folder, where images lie in files: how many classes, and a checksum
     augment_in: str = "model"  # where RandAugment acts
+    crop_area: float | None = None  # the least share of an image in a file that a random crop keeps; None is .08
 
     # Not of the key: where things are, what must be done before, and for how many epochs this run itself trains.
     data_dir: str | None = dataclasses.field(default=None, compare=False)
     skip_damaged: bool = dataclasses.field(default=False, compare=False)
     checkpoints: str | None = dataclasses.field(default=None, compare=False)
+    devices: int = dataclasses.field(default=1, compare=False)  # among which a training is shared out
     after: "Run | None" = dataclasses.field(default=None, compare=False)
     work: int | None = dataclasses.field(default=None, compare=False)
 

@@ -17,7 +17,7 @@ import numpy as np
 
 import kerascompress as kc
 from experiments import data as datasets
-from experiments import folder
+from experiments import devices, folder
 from experiments.runs import locked, on_gpu
 
 logging.getLogger("tensorflow").setLevel("ERROR")  # it warns of every run that traces functions of its own
@@ -63,6 +63,11 @@ def check(run):
         raise ValueError(
             f"`batch_size` must be at most {images}, the number of training images. "
             f"Received: batch_size={run.batch_size}."
+        )
+    if run.batch_size % run.devices:
+        raise ValueError(
+            "`batch_size`, that of the whole training, must be a multiple of `devices`. "
+            f"Received: batch_size={run.batch_size}, devices={run.devices}."
         )
     in_pipeline = run.augment_in == "pipeline"
     backend, augmenter = keras.backend.backend(), run.augmenter
@@ -115,7 +120,7 @@ def base_augmentation(data, crop_seed, flip_seed):
     if data.in_files:
         return []
     crop = kc.RandomCrop(padding=data.input_shape[0] // 8, fill_value=data.fill_value, seed=crop_seed)
-    return [crop, keras.layers.RandomFlip("horizontal", seed=flip_seed)] if data.flip else [crop]
+    return [crop, devices.RandomFlip("horizontal", seed=flip_seed)] if data.flip else [crop]
 
 
 def rand_augment(run, seed):
@@ -231,7 +236,10 @@ def _prepare(run, net, schedule, moves, around, stage):
     fitted, augment = around(run, carried, stage)
     # What acts between two calls must be there at every step at which masks are due.
     together = math.gcd(schedule.frequency, steps) if schedule and (callbacks or moves) else steps
-    together = 1 if keras.backend.backend() == "torch" else together  # where Keras takes steps one by one
+    if keras.backend.backend() == "torch" or devices.is_mirrored(run.devices):
+        together = 1  # Keras takes steps one by one; TensorFlow has no loops in the loop of several replicas
+    if devices.is_mirrored(run.devices):
+        devices.synchronize(fitted)
     compile_classifier(fitted, optimizer, steps_per_execution=together)
     fitted.optimizer.build(fitted.trainable_variables)
     alike = _alike(run, net, schedule, around, together)
@@ -248,6 +256,7 @@ def _alike(run, net, schedule, around, together):
         *(value for name, value in run.key.items() if name not in values),
         *((variable.path, tuple(variable.shape)) for variable in net.variables),
         run.magnitude is None,
+        run.devices,
         repr(schedule.get_config()) if schedule else kc.sparsity(net),
         together,
         around is not classifier and (run.figure, run.arm, run.teacher),
@@ -291,8 +300,8 @@ def _fit(run, fitted, callbacks, best_from, stage):
             steps_per_epoch=steps_per_epoch(run) if data.in_files else None,
             initial_epoch=keeper.epochs,
             epochs=run.epochs,
-            validation_data=_in_order(data.validation),
-            validation_batch_size=None if data.in_files else EVALUATE,
+            validation_data=_in_order(data.validation, run.devices),
+            validation_batch_size=None if data.in_files else EVALUATE // run.devices * run.devices,
             validation_freq=looks,
             callbacks=[*callbacks, *([] if data.in_files else [images.follow]), keeper],
             verbose=0,
@@ -310,20 +319,29 @@ def _epochs_of_files(run, stage, first):
     images, labels = data_of(run).train
     augment = rand_augment(run, 0) if run.augment_in == "pipeline" and run.magnitude is not None else None
     randoms = [_epoch_random(run, stage, epoch) for epoch in range(first, run.epochs)]
-    return images.epochs(labels, run.batch_size, randoms, augment)
+    return images.epochs(labels, run.batch_size, randoms, augment, run.crop_area)
 
 
-def _in_order(split):
-    """Returns the images and labels of a split as `fit` and `evaluate` take them."""
+def _in_order(split, count):
+    """Returns the images and labels of a split as `fit` and `evaluate` take them, on `count` devices.
+
+    Of a batch each device takes an equal part, so where images are short, the first one fills up, with a weight of 0.
+    """
     images, labels = split
-    return images.in_order(labels, EVALUATE // 5) if isinstance(images, folder.Files) else (images, labels)
+    weights = np.ones(len(labels), "float32")
+    if short := -len(labels) % count:
+        index = np.append(np.arange(len(labels)), np.zeros(short, int))
+        images, labels, weights = images[index], labels[index], np.append(weights, np.zeros(short, "float32"))
+    if isinstance(images, folder.Files):
+        return images.in_order(labels, weights, EVALUATE // 5 // count * count)
+    return (images, labels, weights) if short else (images, labels)
 
 
 def compile_classifier(model, optimizer, **settings):
     model.compile(
         optimizer,
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
+        weighted_metrics=["accuracy"],
         jit_compile="auto" if keras.backend.backend() != "tensorflow" or on_gpu() else False,  # XLA is slower there
         **settings,
     )
@@ -400,12 +418,12 @@ class _Keeper(keras.callbacks.Callback):
     def result(self, data):
         """Returns the accuracies of the best and of the last epoch, which is the one that stays in the variables."""
         validation = dict(self.looks)
-        test = accuracy(self.fitted, data.test)
+        test = accuracy(self.fitted, data.test, self.run.devices)
         test_best = test
         if self.best_epoch < self.run.epochs:
             last = numpy(self.variables)
             assign(self.variables, self.best)
-            test_best = accuracy(self.fitted, data.test)
+            test_best = accuracy(self.fitted, data.test, self.run.devices)
             assign(self.variables, last)
         return {
             "validation_last": validation[self.run.epochs],
@@ -418,11 +436,13 @@ class _Keeper(keras.callbacks.Callback):
         }
 
 
-def accuracy(model, split):
-    given = _in_order(split)
+def accuracy(model, split, count=1):
+    given = _in_order(split, count)
     settings = {"verbose": 0, "return_dict": True}
     if isinstance(given, tuple):
-        return round(model.evaluate(*given, batch_size=EVALUATE, **settings)["accuracy"], 6)
+        images, labels, *weights = given
+        settings |= {"sample_weight": weights[0] if weights else None, "batch_size": EVALUATE // count * count}
+        return round(model.evaluate(images, labels, **settings)["accuracy"], 6)
     return round(model.evaluate(given, **settings)["accuracy"], 6)
 
 
@@ -519,4 +539,4 @@ def assign(variables, values):
 
 
 def numpy(variables):
-    return [keras.ops.convert_to_numpy(variable) for variable in variables]
+    return [keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(variable)) for variable in variables]

@@ -127,6 +127,9 @@ class _Augmentation(keras.layers.Layer):
         output = augment_batch(batch, rounds.on_scale(batch, self.value_range, type(self).__name__))
         return output if len(images.shape) == 4 else output[0]
 
+    def _integers(self, shape, low, high):
+        return rounds.draw(lambda shape: keras.random.randint(shape, low, high, seed=self.seed_generator), shape)
+
     def save_own_variables(self, store):
         super().save_own_variables(store)
         store["seed"] = kops.convert_to_numpy(
@@ -261,8 +264,8 @@ class RandAugment(_Augmentation):
     def draw(self, batch, magnitude=None):
         """Draws for a batch: the rows of `ops` and the signs, `(num_ops, batch)`, and the magnitudes, `(batch,)`."""
         shape = (self.num_ops, batch)
-        op = keras.random.randint(shape, 0, len(self.ops), seed=self.seed_generator)
-        sign = 2.0 * kops.cast(keras.random.randint(shape, 0, 2, seed=self.seed_generator), "float32") - 1.0
+        op = self._integers(shape, 0, len(self.ops))
+        sign = 2.0 * kops.cast(self._integers(shape, 0, 2), "float32") - 1.0
         if magnitude is None:
             return op, sign, self.draw_magnitude(batch)
         return op, sign, kops.broadcast_to(kops.cast(magnitude, "float32"), (batch,))
@@ -271,7 +274,7 @@ class RandAugment(_Augmentation):
         """Returns the magnitude of every image of a batch, float32 `(batch,)`: drawn, if it is a pair."""
         if self.magnitude.shape != (2,):
             return kops.broadcast_to(kops.convert_to_tensor(self.magnitude), (batch,))
-        share = keras.random.uniform((batch,), seed=self.seed_generator)
+        share = rounds.draw(lambda shape: keras.random.uniform(shape, seed=self.seed_generator), (batch,))
         return self.magnitude[0] + (self.magnitude[1] - self.magnitude[0]) * share
 
     def get_config(self) -> dict[str, Any]:
@@ -335,7 +338,7 @@ class RandomCrop(_Augmentation):
 
     def _crop(self, images, good):
         shape = (2, kops.shape(images)[0])
-        offset = keras.random.randint(shape, -self.padding, self.padding + 1, seed=self.seed_generator)
+        offset = self._integers(shape, -self.padding, self.padding + 1)
         x, y = kops.cast(offset[0], "float32"), kops.cast(offset[1], "float32")
         black, white = self.value_range
         fill_value = black + self.fill_value * (white - black) / 255

@@ -11,7 +11,6 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
 from kerascompress import graph
 from kerascompress.pruning import PruneLowMagnitude, _numpy, _wrappers, pruning_vars, sparsity, update_masks
@@ -285,7 +284,7 @@ def _clock(model: keras.Model) -> int:
     if steps:
         return max(0, *steps)
     optimizer = _optimizers(model)[-1]
-    return 0 if optimizer is None else int(ops.convert_to_numpy(optimizer.iterations))
+    return 0 if optimizer is None else int(_numpy(optimizer.iterations))
 
 
 def _group(wrapper: PruneLowMagnitude) -> Any:

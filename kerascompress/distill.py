@@ -9,7 +9,7 @@ from typing import Any
 import keras
 from keras import ops as kops
 
-from kerascompress import graph
+from kerascompress import graph, rounds
 
 
 def distillation_loss(teacher_logits, student_logits, temperature: float = 1.0):
@@ -275,6 +275,20 @@ class Distiller(keras.Model):
                 variable.assign(value)
             raise
 
+    _evaluates = False
+
+    def evaluate(self, *args, **kwargs):
+        """As of `keras.Model`: the student alone."""
+        self._evaluates = True
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self._evaluates = False
+
+    def get_metrics_result(self):
+        logs = super().get_metrics_result()  # of all replicas, if the names are those that the last batch has returned
+        return {name: value for name, value in logs.items() if not (self._evaluates and name in self._means)}
+
     def compile_from_config(self, config):
         self.compile(**keras.saving.deserialize_keras_object(config))
         self.optimizer.build(self.trainable_variables)
@@ -312,13 +326,14 @@ class Distiller(keras.Model):
         tiled = kops.tile(images, (n, *[1] * (len(images.shape) - 1)))
         views = {}
         candidates = tiled
-        for layer in self._augmentations():
-            if hasattr(layer, "draw_magnitude"):
-                magnitude = layer.draw_magnitude(kops.shape(candidates)[0])
-                views["magnitude"] = kops.reshape(magnitude, (n, -1))
-                candidates = layer(candidates, magnitude=magnitude, training=True)
-            else:
-                candidates = layer(candidates, training=True)
+        with rounds.views(n):
+            for layer in self._augmentations():
+                if hasattr(layer, "draw_magnitude"):
+                    magnitude = layer.draw_magnitude(kops.shape(candidates)[0])
+                    views["magnitude"] = kops.reshape(magnitude, (n, -1))
+                    candidates = layer(candidates, magnitude=magnitude, training=True)
+                else:
+                    candidates = layer(candidates, training=True)
 
         def by_candidate(values):
             return kops.reshape(values, (n, -1, *values.shape[1:]))

@@ -503,7 +503,8 @@ def _no_kernels(model) -> ValueError:
 
 
 def _numpy(variable) -> np.ndarray:
-    return ops.convert_to_numpy(variable.value)
+    # as a tensor first: in the scope of a strategy, NumPy makes no array of a variable without axes
+    return ops.convert_to_numpy(ops.convert_to_tensor(variable))
 
 
 def _wrappers(layer: keras.Layer) -> Iterator[PruneLowMagnitude]:

@@ -5,6 +5,8 @@ is one of four functions too, with one result: `_single_round` for one image, `_
 sizes that a trace does not know, `_grouped_round` for processors, `_eager_round` where nothing is compiled.
 """
 
+import contextlib
+import contextvars
 import functools
 import itertools
 import math
@@ -362,6 +364,45 @@ def _on_cpu() -> bool:
     if keras.backend.backend() == "jax":
         return not any(device.startswith(("gpu", "cuda", "tpu")) for device in keras.distribution.list_devices())
     return True
+
+
+_VIEWS = contextvars.ContextVar("views", default=1)  # replicas are threads of their own
+
+
+@contextlib.contextmanager
+def views(count):
+    """Within it, a batch is so many views of its images: the first of each, then the second of each, and so on."""
+    token = _VIEWS.set(count)
+    try:
+        yield
+    finally:
+        _VIEWS.reset(token)
+
+
+def draw(make, shape):
+    """Returns `make(shape)`: random numbers, the last axis of which are the images of a batch.
+
+    The replicas of a `tf.distribute` strategy have one seed. So each draws for the images of all of them and takes its
+    own part: draws differ between replicas, and are those of one device.
+    """
+    replica, replicas = _replica()
+    if replicas == 1:
+        return make(shape)
+    *others, batch = shape
+    of_all = kops.reshape(make((*others, batch * replicas)), (*others, _VIEWS.get(), replicas, -1))
+    return kops.reshape(kops.take(of_all, replica, axis=-2), (*others, -1))
+
+
+def _replica():
+    """The number of the replica that is being traced, and how many there are."""
+    if keras.backend.backend() != "tensorflow":
+        return 0, 1
+    import tensorflow as tf
+
+    if tf.distribute.in_cross_replica_context():
+        return 0, 1
+    context = tf.distribute.get_replica_context()
+    return context.replica_id_in_sync_group, context.num_replicas_in_sync
 
 
 def inside_tf_data() -> bool:

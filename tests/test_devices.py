@@ -1,0 +1,164 @@
+"""One training on several devices: its result is that of one device."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import keras
+import numpy as np
+import pytest
+
+import kerascompress as kc
+from experiments import data as datasets
+from experiments import devices, training
+from experiments.runs import Run
+
+COUNTS = (1, 2, 4)
+SCHEDULE = {"final_sparsity": 0.5, "begin_step": 0, "end_step": 6, "frequency": 1}
+
+
+# --- what the process with several devices does ---
+
+
+def images_and_labels(n):
+    """Images of a class with its own shade, so that there is something to learn."""
+    random = np.random.default_rng(n)
+    labels = (np.arange(n) % 3).astype("int32")
+    return (random.integers(0, 100, (n, 8, 8, 3)) + 70 * labels[:, None, None, None]).astype("uint8"), labels
+
+
+def network(seed):
+    kernels = [keras.initializers.RandomNormal(0.1, seed=seed + i) for i in range(2)]
+    layers = [
+        keras.layers.Rescaling(1 / 128, -1),
+        keras.layers.Conv2D(4, 3, kernel_initializer=kernels[0], kernel_regularizer="l2"),
+        keras.layers.BatchNormalization(),
+        keras.layers.ReLU(),
+        keras.layers.GlobalAveragePooling2D(),
+        keras.layers.Dense(3, kernel_initializer=kernels[1]),
+    ]
+    return keras.Sequential([keras.Input((8, 8, 3)), *layers])
+
+
+def distilled(run, net, stage):
+    *base_seeds, seed = training.layer_seeds(run, 3, stage)
+    augment = kc.RandAugment((0, 30), ops=["Rotate", "Solarize"], seed=seed)
+    layers = keras.Sequential([*training.base_augmentation(training.data_of(run), *base_seeds), augment])
+    return kc.Distiller(net, network(seed=7), augment=layers, num_candidates=2, alpha=0.5), augment
+
+
+CASES = {  # what is trained, each on all numbers of devices
+    "wrapper": {"carrier": "wrapper"},
+    "optimizer, Distiller": {"carrier": "optimizer", "around": distilled},
+}
+
+
+def masks_of(fitted):
+    of_wrappers = [mask for _, mask, _ in kc.pruning.pruning_vars(fitted)]
+    return of_wrappers or [mask for _, mask, _ in fitted.optimizer.pruning_vars]
+
+
+def copies(variable):
+    """The value of a variable on each device."""
+    if keras.backend.backend() == "jax":
+        return [np.asarray(shard.data) for shard in variable.value.addressable_shards]
+    return [np.asarray(value) for value in getattr(variable.value, "values", [variable.value])]
+
+
+def train(case, count, folder):
+    """Returns what one training leaves."""
+    settings = {"carrier": "optimizer", "around": None} | CASES[case]
+    run = Run(
+        figure="fig1", dataset="cifar10", model="resnet8", arm="M=9", sparsity=0.5, magnitude=9, seed=0, epochs=2,
+        batch_size=8, learning_rate=0.1, train_images=24, smoke=False, schedule="cosine", devices=count,
+        carrier=settings.pop("carrier"), checkpoints=str(pathlib.Path(folder, f"{case}{count}")),
+    )  # fmt: skip
+    fitted, prepare = [], training._prepare
+    training._prepare = lambda *args: fitted.append(prepare(*args)) or fitted[0]
+    try:
+        with devices.spread(count):
+            net = network(seed=1)
+            result = training.trained(run, net, schedule=kc.PolynomialDecay(0.0, **SCHEDULE), **settings)
+    finally:
+        training._prepare = prepare
+    return {
+        "weights": np.concatenate([weight.ravel() for weight in net.get_weights()]).tolist(),
+        "accuracies": [result["validation_last"], result["test_last"]],
+        "sparsity": kc.sparsity(net),
+        "masks": [[int(mask.sum()) for mask in copies(mask)] for mask in masks_of(fitted[0][0])],
+        "same": all(np.array_equal(copy, copies(m)[0]) for m in masks_of(fitted[0][0]) for copy in copies(m)),
+    }
+
+
+def draws():
+    """Returns the rows, signs and magnitudes that a RandAugment draws for 8 images, of all replicas, and of one."""
+    augment = kc.RandAugment((0, 30), seed=3)
+
+    def draw(batch):
+        return [keras.ops.convert_to_numpy(part)[..., :] for part in augment.draw(batch)]
+
+    alone = [part.tolist() for part in draw(8)]
+    if keras.backend.backend() == "jax":
+        return alone, alone  # the batch is one
+    import tensorflow as tf
+
+    with devices.spread(4):
+        augment = kc.RandAugment((0, 30), seed=3)
+        strategy = tf.distribute.get_strategy()
+        parts = [strategy.experimental_local_results(part) for part in strategy.run(lambda: augment.draw(2))]
+    return alone, [np.concatenate([np.asarray(piece) for piece in part], axis=-1).tolist() for part in parts]
+
+
+def main(counts):
+    devices.claim(max(counts))
+    training.rand_augment = lambda run, seed: kc.RandAugment(run.magnitude, ops=["Rotate", "Solarize"], seed=seed)
+    splits = [images_and_labels(n) for n in (24, 13, 13)]  # of 13, no number of devices has equal parts
+    training._load = lambda *_: datasets.Data(*splits, 3, True, 128, (128,) * 3, (64,) * 3)
+    with tempfile.TemporaryDirectory() as folder:
+        left = {case: {count: train(case, count, folder) for count in counts} for case in CASES}
+    print(json.dumps({"left": left, "draws": draws() if max(counts) == 4 else None}))
+
+
+# --- the claims ---
+
+
+@pytest.fixture(scope="module")
+def report():
+    if keras.backend.backend() == "torch":
+        pytest.skip("Keras distributes nothing on Torch")
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(["tests", ".", os.environ.get("PYTHONPATH", "")])
+    settings = {"cwd": pathlib.Path(__file__).parents[1], "env": environment, "text": True, "capture_output": True}
+    # TensorFlow's collective operations allow one size of a group in a process
+    left, groups = {case: {} for case in CASES}, [COUNTS] if keras.backend.backend() == "jax" else [(1, 2), (4,)]
+    for counts in groups:
+        code = f"import test_devices; test_devices.main({counts})"
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False, **settings)
+        assert done.returncode == 0, done.stderr[-3000:]
+        answer = json.loads(done.stdout.splitlines()[-1])
+        left = {case: left[case] | answer["left"][case] for case in CASES}
+    return {"left": left, "draws": answer["draws"]}
+
+
+@pytest.mark.parametrize("count", COUNTS[1:])
+@pytest.mark.parametrize("case", CASES)
+def test_a_training_on_several_devices_is_that_on_one_up_to_rounding(report, case, count):
+    alone, several = report["left"][case]["1"], report["left"][case][str(count)]
+    np.testing.assert_allclose(several["weights"], alone["weights"], rtol=1e-3, atol=1e-4)
+    assert several["accuracies"] == alone["accuracies"]
+    assert several["sparsity"] == alone["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert several["same"]
+    assert [len(copies) for copies in several["masks"]] == [count] * 2
+    assert [copies[0] for copies in several["masks"]] == [copies[0] for copies in alone["masks"]]
+
+
+def test_images_of_several_devices_draw_what_they_draw_on_one(report):
+    alone, several = report["draws"]
+    for of_one, of_all in zip(alone, several, strict=True):
+        np.testing.assert_allclose(of_all, of_one, rtol=1e-6)
+    op, _, magnitude = several
+    assert len({tuple(np.reshape(op, (2, 4, 2))[:, replica].ravel()) for replica in range(4)}) > 1
+    assert len(set(magnitude)) == 8
