@@ -13,11 +13,10 @@ import pytest
 
 import kerascompress as kc
 from experiments import data as datasets
-from experiments import devices, training
+from experiments import devices, engine, training
 from experiments.runs import Run
 
-COUNTS = (1, 2, 4)
-SCHEDULE = {"final_sparsity": 0.5, "begin_step": 0, "end_step": 6, "frequency": 1}
+SCHEDULE = {"final_sparsity": 0.5, "begin_step": 0, "end_step": 4, "frequency": 1}
 
 
 # --- what the process with several devices does ---
@@ -50,9 +49,9 @@ def distilled(run, net, stage):
     return kc.Distiller(net, network(seed=7), augment=layers, num_candidates=2, alpha=0.5), augment
 
 
-CASES = {  # what is trained, each on all numbers of devices
-    "wrapper": {"carrier": "wrapper"},
-    "optimizer, Distiller": {"carrier": "optimizer", "around": distilled},
+CASES = {  # what is trained, on one device and on so many
+    "wrapper": {"devices": 2, "carrier": "wrapper"},
+    "optimizer, Distiller": {"devices": 4, "carrier": "optimizer", "around": distilled},
 }
 
 
@@ -70,10 +69,10 @@ def copies(variable):
 
 def train(case, count, folder):
     """Returns what one training leaves."""
-    settings = {"carrier": "optimizer", "around": None} | CASES[case]
+    settings = {name: value for name, value in CASES[case].items() if name != "devices"}
     run = Run(
-        figure="fig1", dataset="cifar10", model="resnet8", arm="M=9", sparsity=0.5, magnitude=9, seed=0, epochs=2,
-        batch_size=8, learning_rate=0.1, train_images=24, smoke=False, schedule="cosine", devices=count,
+        figure="fig1", dataset="cifar10", model="resnet8", arm="M=9", sparsity=0.5, magnitude=9, seed=0, epochs=1,
+        batch_size=8, learning_rate=0.1, train_images=40, smoke=False, schedule="cosine", devices=count,
         carrier=settings.pop("carrier"), checkpoints=str(pathlib.Path(folder, f"{case}{count}")),
     )  # fmt: skip
     fitted, prepare = [], training._prepare
@@ -96,13 +95,7 @@ def train(case, count, folder):
 def draws():
     """Returns the rows, signs and magnitudes that a RandAugment draws for 8 images, of all replicas, and of one."""
     augment = kc.RandAugment((0, 30), seed=3)
-
-    def draw(batch):
-        return [keras.ops.convert_to_numpy(part)[..., :] for part in augment.draw(batch)]
-
-    alone = [part.tolist() for part in draw(8)]
-    if keras.backend.backend() == "jax":
-        return alone, alone  # the batch is one
+    alone = [keras.ops.convert_to_numpy(part).tolist() for part in augment.draw(8)]
     import tensorflow as tf
 
     with devices.spread(4):
@@ -112,14 +105,15 @@ def draws():
     return alone, [np.concatenate([np.asarray(piece) for piece in part], axis=-1).tolist() for part in parts]
 
 
-def main(counts):
-    devices.claim(max(counts))
+def main(cases):
+    devices.claim(max(CASES[case]["devices"] for case in cases))
     training.rand_augment = lambda run, seed: kc.RandAugment(run.magnitude, ops=["Rotate", "Solarize"], seed=seed)
-    splits = [images_and_labels(n) for n in (24, 13, 13)]  # of 13, no number of devices has equal parts
+    splits = [images_and_labels(n) for n in (40, 13, 13)]  # of 13, no number of devices has equal parts
     training._load = lambda *_: datasets.Data(*splits, 3, True, 128, (128,) * 3, (64,) * 3)
     with tempfile.TemporaryDirectory() as folder:
-        left = {case: {count: train(case, count, folder) for count in counts} for case in CASES}
-    print(json.dumps({"left": left, "draws": draws() if max(counts) == 4 else None}))
+        left = {case: [train(case, count, folder) for count in (1, CASES[case]["devices"])] for case in cases}
+    of_four = keras.backend.backend() == "tensorflow" and "optimizer, Distiller" in cases
+    print(json.dumps(left | ({"draws": draws()} if of_four else {})))
 
 
 # --- the claims ---
@@ -132,29 +126,28 @@ def report():
     environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(["tests", ".", os.environ.get("PYTHONPATH", "")])
     settings = {"cwd": pathlib.Path(__file__).parents[1], "env": environment, "text": True, "capture_output": True}
-    # TensorFlow's collective operations allow one size of a group in a process
-    left, groups = {case: {} for case in CASES}, [COUNTS] if keras.backend.backend() == "jax" else [(1, 2), (4,)]
-    for counts in groups:
-        code = f"import test_devices; test_devices.main({counts})"
+    report = {}
+    # TensorFlow's collective operations allow one number of devices in a process
+    for cases in [list(CASES)] if keras.backend.backend() == "jax" else [[case] for case in CASES]:
+        code = f"import test_devices; test_devices.main({cases})"
         done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False, **settings)
         assert done.returncode == 0, done.stderr[-3000:]
-        answer = json.loads(done.stdout.splitlines()[-1])
-        left = {case: left[case] | answer["left"][case] for case in CASES}
-    return {"left": left, "draws": answer["draws"]}
+        report |= json.loads(done.stdout.splitlines()[-1])
+    return report
 
 
-@pytest.mark.parametrize("count", COUNTS[1:])
 @pytest.mark.parametrize("case", CASES)
-def test_a_training_on_several_devices_is_that_on_one_up_to_rounding(report, case, count):
-    alone, several = report["left"][case]["1"], report["left"][case][str(count)]
+def test_a_training_on_several_devices_is_that_on_one_up_to_rounding(report, case):
+    alone, several = report[case]
     np.testing.assert_allclose(several["weights"], alone["weights"], rtol=1e-3, atol=1e-4)
     assert several["accuracies"] == alone["accuracies"]
     assert several["sparsity"] == alone["sparsity"] == pytest.approx(0.5, abs=0.01)
     assert several["same"]
-    assert [len(copies) for copies in several["masks"]] == [count] * 2
+    assert [len(copies) for copies in several["masks"]] == [CASES[case]["devices"]] * 2
     assert [copies[0] for copies in several["masks"]] == [copies[0] for copies in alone["masks"]]
 
 
+@pytest.mark.tensorflow_only  # on JAX, the batch is one
 def test_images_of_several_devices_draw_what_they_draw_on_one(report):
     alone, several = report["draws"]
     for of_one, of_all in zip(alone, several, strict=True):
@@ -162,3 +155,32 @@ def test_images_of_several_devices_draw_what_they_draw_on_one(report):
     op, _, magnitude = several
     assert len({tuple(np.reshape(op, (2, 4, 2))[:, replica].ravel()) for replica in range(4)}) > 1
     assert len(set(magnitude)) == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 9}, "`batch_size`, that of the whole training, must be a multiple of `devices`"),
+        ({"batch_size": 8}, r"--devices=2 needs|--devices needs the TensorFlow or the JAX backend"),
+    ],
+)
+def test_devices_that_are_not_there_or_do_not_share_out_a_batch_are_refused(tmp_path, changes, message):
+    run = Run(
+        figure="fig1", dataset="digits", model="resnet8", arm="M=9", sparsity=0.0, magnitude=9, seed=0, epochs=2,
+        learning_rate=0.1, train_images=24, smoke=False, devices=2, checkpoints=str(tmp_path), **changes,
+    )  # fmt: skip
+    keras.ops.zeros(1)  # something has computed, on one device
+    check = training.check if changes["batch_size"] % 2 else lambda run: devices.spread(run.devices)
+    with pytest.raises(ValueError, match=message):
+        check(run)
+
+
+@pytest.mark.once
+def test_runs_and_devices_go_together():
+    gpus = [engine._environment(slot, 2, ["0", "1", "2", "3"], each=2) for slot in range(2)]
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in gpus] == ["0,1", "2,3"]
+    assert {each["XLA_PYTHON_CLIENT_MEM_FRACTION"] for each in gpus} == {"0.90"}
+    shared = engine._environment(1, 2, ["0", "1"], each=2)
+    assert (shared["CUDA_VISIBLE_DEVICES"], shared["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == ("0,1", "0.45")
+    with pytest.raises(ValueError, match=r"--devices must be at most 2, the GPUs of this machine\. Received: 4"):
+        engine._environment(0, 1, ["0", "1"], each=4)

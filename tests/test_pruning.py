@@ -1,8 +1,5 @@
 """Pruning: masks held against tfmot and NumPy, training against exact sparsity, errors against their words."""
 
-import subprocess
-import sys
-
 import keras
 import numpy as np
 import pytest
@@ -752,25 +749,6 @@ def test_a_subclassed_model_is_pruned_by_wrapping_its_layers():
     net = compile_(Net())
     fit(net)
     assert kc.sparsity(net) == 0.5
-
-
-@pytest.mark.tensorflow_only
-def test_it_prunes_on_two_virtual_devices_of_a_mirrored_strategy():
-    code = """
-import keras, numpy as np, tensorflow as tf
-import kerascompress as kc
-cpu = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
-    dense = keras.Sequential([keras.Input((20,)), keras.layers.Dense(10)])
-    pruned = kc.prune_low_magnitude(dense, kc.PolynomialDecay(0.0, 0.5, 0, 4, frequency=1))
-    pruned.compile("sgd", "mse")
-pruned.fit(np.ones((48, 20)), np.ones((48, 10)), batch_size=8, verbose=0, callbacks=[kc.UpdatePruningStep()])
-print(kc.sparsity(pruned))
-"""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout.splitlines()[-1]) == 0.5
 
 
 # --- summaries ---
