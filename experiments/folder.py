@@ -167,10 +167,10 @@ class Files:
         prefix = os.path.join(os.fsencode(self.root), b"")
         return [prefix + path for path in paths.tolist()]
 
-    def in_order(self, labels, weights, batch_size):
-        """Returns a `tf.data` dataset of (images, labels, weights) for evaluation: the center of each image."""
+    def in_order(self, others, batch_size):
+        """Returns a `tf.data` dataset of (images, *others) for evaluation: the center of each image."""
         tf = _tensorflow()
-        dataset = tf.data.Dataset.from_tensor_slices((self._full(self.paths), labels, weights))
+        dataset = tf.data.Dataset.from_tensor_slices((self._full(self.paths), *others))
         dataset = dataset.map(lambda path, *others: (_center(path, self.side), *others), num_parallel_calls=_cores())
         return dataset.batch(batch_size).prefetch(1).with_options(_options())
 

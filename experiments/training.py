@@ -240,7 +240,7 @@ def _prepare(run, net, schedule, moves, around, stage):
         together = 1  # Keras takes steps one by one; TensorFlow has no loops in the loop of several replicas
     if devices.is_mirrored(run.devices):
         devices.synchronize(fitted)
-    compile_classifier(fitted, optimizer, steps_per_execution=together)
+    compile_classifier(fitted, optimizer, steps_per_execution=together, **_metrics(run))
     fitted.optimizer.build(fitted.trainable_variables)
     alike = _alike(run, net, schedule, around, together)
     fitted, carried, augment = _compiled_before(alike, fitted, carried, augment)
@@ -327,21 +327,24 @@ def _in_order(split, count):
 
     Of a batch each device takes an equal part, so where images are short, the first one fills up, with a weight of 0.
     """
-    images, labels = split
-    weights = np.ones(len(labels), "float32")
-    if short := -len(labels) % count:
-        index = np.append(np.arange(len(labels)), np.zeros(short, int))
-        images, labels, weights = images[index], labels[index], np.append(weights, np.zeros(short, "float32"))
+    images, *others = split
+    if short := -len(images) % count:
+        index = np.append(np.arange(len(images)), np.zeros(short, int))
+        weights = np.append(np.ones(len(images), "float32"), np.zeros(short, "float32"))
+        images, others = images[index], [others[0][index], weights]
     if isinstance(images, folder.Files):
-        return images.in_order(labels, weights, EVALUATE // 5 // count * count)
-    return (images, labels, weights) if short else (images, labels)
+        return images.in_order(others, EVALUATE // 5 // count * count)
+    return images, *others
+
+
+def _metrics(run):
+    return {"metrics" if run.devices == 1 else "weighted_metrics": ["accuracy"]}  # weights: see `_in_order`
 
 
 def compile_classifier(model, optimizer, **settings):
     model.compile(
         optimizer,
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        weighted_metrics=["accuracy"],
         jit_compile="auto" if keras.backend.backend() != "tensorflow" or on_gpu() else False,  # XLA is slower there
         **settings,
     )
