@@ -30,7 +30,7 @@ absl_flags.DEFINE_enum(
 absl_flags.DEFINE_boolean("all", False, "Draw all files of rows in experiments/results/, and print the verdicts.")
 SETTING = ("dataset", "model", "train_images", "epochs", "batch_size", "learning_rate", "smoke", "augmenter")
 SETTING += ("strong", "teacher", "image_size", "schedule", "carrier", "evaluate_every")
-OURS = ("decayed", "inherit", "teacher filter")  # the paper's own arms stand out
+OURS = ("decayed", "linked", "inherit", "teacher filter")  # the paper's own arms stand out
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the marker says it again.
 COLOURS = ["#999999", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#000000"]
 STYLES = cycler.cycler(color=COLOURS, marker=list("so^vDPX"))
@@ -142,7 +142,7 @@ def curves(axes, arms):
     axes.set_xlabel("magnitude M (star: optimal, bar: maximal)")
 
 
-FIGURES = {"fig1": curves, "fig3": lines, "fig4": lines, "fig6": columns, "fig7": columns}
+FIGURES = {"fig1": curves, "fig3": lines, "fig4": lines, "fig6": columns, "fig7": columns, "demo": lines}
 
 
 def draw(figure, rows):
