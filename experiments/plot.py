@@ -129,7 +129,7 @@ def curves(axes, arms):
     axes.set_xlabel("magnitude M (star: optimal, bar: maximal)")
 
 
-FIGURES = {"fig1": curves, "fig3": lines, "fig4": lines, "fig6": columns, "fig7": columns}
+FIGURES = {"fig1": curves, "fig3": lines, "fig4": lines, "fig6": columns, "fig7": columns, "adaptive": lines}
 absl_flags.DEFINE_enum("figure", "fig3", list(FIGURES), "Figure to draw from the rows in --results.")
 
 
