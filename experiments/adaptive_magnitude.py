@@ -272,7 +272,8 @@ def draw(rows):
     for axes, arm in zip(figure.subplots(1, len(arms), sharey=True, squeeze=False)[0], arms, strict=True):
         for p, magnitude in PAPER.items():
             axes.axhline(magnitude, color="#cccccc", linestyle="--", linewidth=1, zorder=0)
-            axes.text(0, magnitude, f"the paper's at p = {p:g}", fontsize="x-small", color="#888888", va="bottom")
+            if axes is figure.axes[0]:
+                axes.text(0, magnitude, f"the paper's at p = {p:g}", fontsize="x-small", color="#888888", va="bottom")
         for p, colour in zip(ratios, (plot.COLOURS[1:] + plot.COLOURS[:1]) * len(ratios), strict=False):
             seeds = [row["magnitudes"] for row in rows if row["arm"] == arm and row["sparsity"] == p]
             if seeds:
