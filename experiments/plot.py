@@ -142,7 +142,8 @@ def curves(axes, arms):
     axes.set_xlabel("magnitude M (star: optimal, bar: maximal)")
 
 
-FIGURES = {"fig1": curves, "fig3": lines, "fig4": lines, "fig6": columns, "fig7": columns, "demo": lines}
+FIGURES = {"fig1": curves, "fig3": lines, "fig4": lines, "fig6": columns, "fig7": columns}
+FIGURES |= {"demo": lines, "adaptive": lines}
 
 
 def draw(figure, rows):

@@ -103,6 +103,19 @@ def rand_augment(run, seed):
     return keras_cv.RandAugment((0, 255), augmentations_per_image=2, magnitude=run.magnitude, seed=seed)
 
 
+def adapts(run, signal="gap", target=None, start=None):
+    """Returns the `moves` of a magnitude that finds itself by the set-point of a run, or another, from `start` on."""
+    frequency = run.evaluate_every if signal == "gap" else 1
+
+    def moves(augment):
+        if start is not None:
+            augment.magnitude.assign(start)
+        setting = {"step": run.step * frequency, "frequency": frequency}
+        return kc.AdaptiveMagnitude(augment, signal, run.target if target is None else target, **setting)
+
+    return moves
+
+
 def ramp(run, start=0.0):
     """Returns the schedule that prunes from the sparsity `start` to the run's over the first half of its steps."""
     steps = max(1, run.epochs // 2 * steps_per_epoch(run))
@@ -219,6 +232,7 @@ def _prepare(run, net, schedule, moves, around, stage):
 def _alike(run, net, schedule, around, together):
     """Returns what decides a compiled step: all but the values of variables."""
     values = {"figure", "arm", "sparsity", "magnitude", "seed", "strong", "teacher", "path", "evaluate_every"}
+    values |= {"target", "step"}
     return (
         *(value for name, value in run.key.items() if name not in values),
         *((variable.path, tuple(variable.shape)) for variable in net.variables),
@@ -254,7 +268,7 @@ def _state(fitted):
 
 
 def _fit(run, fitted, callbacks, best_from, stage):
-    data, images = data_of(run), _Epochs(run, stage)
+    data, images = data_of(run), _Epochs(run, stage, getattr(fitted, "takes_places", False))
     keeper = _Keeper(run, fitted, images, best_from)
     keeper.load()
     looks = [epoch for epoch in range(1, run.epochs + 1) if epoch % run.evaluate_every == 0 or epoch == run.epochs]
@@ -284,11 +298,11 @@ def compile_classifier(model, optimizer, **settings):
 
 
 class _Epochs(keras.utils.PyDataset):
-    """The training images, in an order that the run and the epoch decide."""
+    """The training images, in an order that the run and the epoch decide; with their places among all, if wanted."""
 
-    def __init__(self, run, stage):
+    def __init__(self, run, stage, with_places=False):
         super().__init__()
-        self.run, self.stage = run, stage
+        self.run, self.stage, self.with_places = run, stage, with_places
         self.images, self.labels = data_of(run).train
         self.begin(0)
 
@@ -302,7 +316,8 @@ class _Epochs(keras.utils.PyDataset):
 
     def __getitem__(self, step):
         index = self.order[step * self.run.batch_size :][: self.run.batch_size]
-        return self.images[index], self.labels[index]
+        images = self.images[index]
+        return {"images": images, "places": index} if self.with_places else images, self.labels[index]
 
 
 class _Keeper(keras.callbacks.Callback):
@@ -313,6 +328,7 @@ class _Keeper(keras.callbacks.Callback):
         self.run, self.images, self.best_from = run, images, best_from
         self.fitted, self.variables = fitted, _state(fitted)
         self.looks, self.best, self.epochs, self.seconds = [], [], 0, 0.0
+        self.of_epochs = {"train": [], "magnitudes": []}
 
     def load(self):
         """Takes up what a killed process left."""
@@ -320,6 +336,7 @@ class _Keeper(keras.callbacks.Callback):
         if path.exists():
             history, state, self.best = load_arrays(path, "state", "best")
             self.looks, self.epochs, self.seconds = history["looks"], history["epochs"], history["seconds"]
+            self.of_epochs = history.get("of_epochs", self.of_epochs)  # older states lack it
             assign(self.variables, state)
             report(self.epochs, str(self.run))
         self.since = self.saved = time.monotonic()
@@ -330,6 +347,8 @@ class _Keeper(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         _ = self.model  # on JAX: brings the state back before it is read
         self.epochs = epoch + 1
+        self.of_epochs["train"].append(round(float(logs["accuracy"]), 6))
+        self.of_epochs["magnitudes"].extend([round(float(logs["magnitude"]), 4)] if "magnitude" in logs else [])
         if "val_accuracy" in logs:
             self.looks.append([self.epochs, round(float(logs["val_accuracy"]), 6)])
             if self.epochs > self.best_from and self.epochs == self.best_epoch:
@@ -346,7 +365,7 @@ class _Keeper(keras.callbacks.Callback):
         self.save()  # evaluating on the test images takes its time, too
 
     def save(self):
-        history = {"looks": self.looks, "epochs": self.epochs, "seconds": self.seconds}
+        history = {"looks": self.looks, "epochs": self.epochs, "seconds": self.seconds, "of_epochs": self.of_epochs}
         save_arrays(self.run.folder / STATE, history, state=numpy(self.variables), best=self.best)
 
     @property
@@ -370,6 +389,8 @@ class _Keeper(keras.callbacks.Callback):
             "best_epoch": self.best_epoch,
             "test_best": test_best,
             "test_last": test,
+            "train_last": (self.of_epochs["train"] or [None])[-1],
+            **({"magnitudes": self.of_epochs["magnitudes"]} if self.of_epochs["magnitudes"] else {}),
             "seconds": round(self.seconds, 1),
             "images": {name: len(getattr(data, name)[1]) for name in ("train", "validation", "test")},
         }
