@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help install demo test test-quick test-tensorflow test-jax test-torch lint format clean
+.PHONY: help install demo evidence-small test test-quick test-tensorflow test-jax test-torch lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -17,9 +17,17 @@ install: .venv/installed  ## create .venv with the tested versions of everything
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[experiments,dev]'
 	touch $@
 
-demo: install  ## Figure 3 in small: six ways to augment a network while it is pruned, in a few minutes on a CPU
-	$(BIN)/python -m experiments.fig3_magnitude_decay --dataset=digits --seeds=0 --results=demo/fig3_digits.jsonl \
-		--out=demo/fig3_digits.png --checkpoints=demo/checkpoints --export=saved_models/resnet8_digits_p60
+DATASET ?= digits
+demo: install  ## what strong augmentation costs pruned networks, and a linked magnitude does not; DATASET=cifar10, DATA_DIR=
+	$(BIN)/python -m experiments.demo --dataset=$(DATASET) $(DATA_DIR:%=--data_dir=%) --seeds=0,1,2 --workers=auto \
+		--results=demo/$(DATASET).jsonl --out=demo/$(DATASET).png --checkpoints=demo/checkpoints \
+		--export=saved_models/demo_$(DATASET)_p90
+
+EVIDENCE := --dataset=cifar10 $(DATA_DIR:%=--data_dir=%) --image_size=16 --train_images=1000 --model=resnet8 --epochs=100 \
+	--batch_size=125 --learning_rate=0.05 --schedule=cosine --evaluate_every=10 --sparsities=0,.6,.8,.9,.97
+evidence-small: install  ## Figure 1 at the scale of README's figure, one seed; goes on where it was stopped
+	$(BIN)/python -m experiments.fig1_magnitude_search $(EVIDENCE) --seeds=$(or $(SEEDS),0) --workers=auto \
+		--results=evidence/small_fig1.jsonl --checkpoints=evidence/checkpoints
 
 test: test-tensorflow test-jax  ## run the tests on the TensorFlow and the JAX backend
 
@@ -53,4 +61,4 @@ format: install  ## format and fix what can be fixed
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove what the targets above made
-	rm -rf .venv .venv-torch demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-torch demo evidence build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -29,6 +29,7 @@ from experiments import flags, plot, training
 SPARSITIES = (0.0, 0.2, 0.4, 0.6)
 CONSTANT = (None, 4, 8, 12, 14)  # None is no RandAugment
 DECAYED = (14, 12, 8, 4)
+ARMS = ("constant", "decayed", "adaptive")  # adaptive: by itself, from 0 on, and on from stage to stage
 SMOKE = {"constant": (None,), "sparsities": (0.0, 0.6), "decayed": (14, 4)}
 
 FLAGS = absl_flags.FLAGS
@@ -36,7 +37,7 @@ absl_flags.adopt_module_key_flags(flags)
 absl_flags.DEFINE_string(
     "export",
     None,
-    "Folder for the most pruned network of the decayed arm (first seed), as a SavedModel. Default: none.",
+    "Folder for the most pruned network of the last arm (first seed), as a SavedModel. Default: none.",
 )
 
 
@@ -46,10 +47,14 @@ def network(run):
         return network(run.after)  # another arm that is the same so far
     net = training.build_model(run)
     if not run.after:
-        return net, training.trained(run, net) | training.sizes(net)
-    net.set_weights(network(run.after)[0].get_weights())
+        moves = training.adapts(run) if run.arm == "adaptive" else None
+        return net, training.trained(run, net, moves=moves) | training.sizes(net)
+    before, its_result = network(run.after)
+    net.set_weights(before.get_weights())
     schedule, moves = training.ramp(run, run.after.sparsity), None
-    if run.magnitude != run.after.magnitude:
+    if run.arm == "adaptive":
+        moves = training.adapts(run, start=its_result["magnitudes"][-1])
+    elif run.magnitude != run.after.magnitude:
         points = {before.sparsity: before.magnitude for before in (run.after, run)}
         weaken = kc.SparsityLinkedMagnitude(schedule, points)
 
@@ -73,22 +78,28 @@ def plan(study):
     decayed = flags.magnitudes("decayed", usual["decayed"], len(sparsities))
     if None in decayed:
         raise ValueError(f"--decayed must be numbers: none cannot be weakened to. Received: {FLAGS.decayed}.")
+    constant = flags.magnitudes("magnitudes", usual["constant"])
     arms = {
-        flags.magnitude_name(m): [m] * len(sparsities) for m in flags.magnitudes("magnitudes", usual["constant"])
-    } | {"decayed": decayed}
+        "constant": {flags.magnitude_name(m): [m] * len(sparsities) for m in constant},
+        "decayed": {"decayed": decayed},
+        "adaptive": {"adaptive": [0.0] * len(sparsities)},
+    }
+    arms = {name: arm for kind in flags.arms(ARMS, ARMS[:2]) for name, arm in arms[kind].items()}
     is_papers = sparsities == list(usual["sparsities"])
     runs, first = [], {}
     for seed in study.seeds:
         for arm, magnitudes in arms.items():
             before, path = None, ""
             for i, (sparsity, magnitude) in enumerate(zip(sparsities, magnitudes, strict=True)):
-                path += f" {sparsity:g}:{flags.magnitude_name(magnitude)}"
+                path += f" {sparsity:g}:{arm if arm == 'adaptive' else flags.magnitude_name(magnitude)}"
                 usual_path = is_papers and (arm != "decayed" or decayed[: i + 1] == list(usual["decayed"])[: i + 1])
                 run = study.run(
                     arm=arm,
                     sparsity=sparsity,
                     magnitude=magnitude,
                     seed=seed,
+                    target=kc.adaptive.TARGETS["gap"] if arm == "adaptive" else None,
+                    step=flags.step() if arm == "adaptive" else None,
                     path=None if usual_path or not i else path.strip(),
                     after=first.get((seed, path), before),
                     work=0 if (seed, path) in first else None,
@@ -99,13 +110,13 @@ def plan(study):
 
 
 def main(_):
-    study = flags.Study("fig3", takes=("sparsities", "magnitudes", "decayed"), carrier="wrapper")
+    study = flags.Study("fig3", takes=("sparsities", "magnitudes", "decayed", "arms", "step"), carrier="wrapper")
     runs = plan(study)
     plot.show("fig3", study.carry_out(runs, outcome), study.out)
     if FLAGS.export and pathlib.Path(FLAGS.export).exists():
         print(f"SavedModel: {FLAGS.export} is there already and stays as it is.")
     elif FLAGS.export:
-        last = next(run for run in reversed(runs) if run.arm == "decayed" and run.seed == study.seeds[0])
+        last = next(run for run in reversed(runs) if run.arm == runs[-1].arm and run.seed == study.seeds[0])
         print(f"SavedModel: {FLAGS.export}\n{kc.export_saved_model(network(last)[0], FLAGS.export)}")
 
 

@@ -163,17 +163,21 @@ def draw_candidates(run, path):
     print(f"Candidates: {path}")
 
 
+def plan_teacher(study, name):
+    """Returns the run of a teacher, or None if it is a file, and what keys of students call it."""
+    if name.endswith(".keras"):
+        return None, f"{name} {checksum(name)}"
+    training.find_builder(name)
+    epochs, magnitude = FLAGS.teacher_epochs or study.epochs, FLAGS.teacher_magnitude
+    changes = {"model": name, "epochs": epochs, "carrier": "wrapper", "work": epochs}
+    teacher = study.run(arm="teacher", sparsity=0.0, magnitude=magnitude, seed=TEACHER_SEED, **changes)
+    return teacher, f"{name}x{epochs} M={magnitude:g} seed={TEACHER_SEED}"
+
+
 def plan(study):
     """Returns the runs of all arms, after that of their teacher if it is trained here."""
     name = FLAGS.teacher or (SMOKE["teacher"] if FLAGS.smoke else TEACHERS[FLAGS.dataset])
-    if name.endswith(".keras"):
-        teacher, key = None, f"{name} {checksum(name)}"
-    else:
-        training.find_builder(name)
-        epochs, magnitude = FLAGS.teacher_epochs or study.epochs, FLAGS.teacher_magnitude
-        changes = {"model": name, "epochs": epochs, "carrier": "wrapper", "work": epochs}
-        teacher = study.run(arm="teacher", sparsity=0.0, magnitude=magnitude, seed=TEACHER_SEED, **changes)
-        key = f"{name}x{epochs} M={magnitude:g} seed={TEACHER_SEED}"
+    teacher, key = plan_teacher(study, name)
     return [
         study.run(
             arm=arm,

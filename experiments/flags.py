@@ -24,7 +24,7 @@ RECIPES = {  # stages of 200 epochs, batch 128, SGD at 0.1: the paper authors' s
 }
 SMOKE = {"model": "resnet8w4", "epochs": 2, "batch_size": 32, "train_images": 64}
 SOME = ("sparsities", "magnitudes", "decayed", "strong", "weak", "teacher", "teacher_epochs", "teacher_magnitude")
-SOME += ("augment_in",)
+SOME += ("arms", "step", "augment_in")
 OF_FILES = ("skip_damaged", "augment_in", "crop_area")
 
 FLAGS = flags.FLAGS
@@ -163,6 +163,16 @@ flags.DEFINE_list(
     "Figures 1 and 3: magnitudes held constant, or none, separated by commas. Default: the figure's.",
 )
 flags.DEFINE_list(
+    "arms",
+    None,
+    "Arms, separated by commas. Figure 3: constant, decayed, adaptive; default: the first two. The adaptive study, "
+    "beside the constant magnitudes: trivial, line, accuracy=<set-point>, gap=<set-point>, held-accuracy, held-gap, "
+    "entropy, entropy-image; default: all, with set-points of 0.6 and 0.15.",
+)
+flags.DEFINE_float(
+    "step", None, "How far an adaptive magnitude moves in an epoch. Default: 0.5.", lower_bound=0.001, upper_bound=30
+)
+flags.DEFINE_list(
     "decayed", None, "Figure 3: the magnitudes of the decayed arm, one for each pruning ratio. Default: the paper's."
 )
 flags.DEFINE_float(
@@ -260,6 +270,18 @@ def magnitudes(name, default, count=None):
             f"Received: {FLAGS[name].value}."
         )
     return chosen
+
+
+def arms(allowed, default):
+    """Returns the arms of the flag, or the default; what follows `=` is left to the figure."""
+    chosen = FLAGS.arms or list(default)
+    if not {arm.partition("=")[0] for arm in chosen} <= set(allowed):
+        raise ValueError(f"--arms must be among {', '.join(allowed)}. Received: {','.join(chosen)}.")
+    return chosen
+
+
+def step():
+    return 0.5 if FLAGS.step is None else FLAGS.step
 
 
 def magnitude_name(magnitude):

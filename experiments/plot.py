@@ -1,6 +1,9 @@
 """Figures and tables, from rows and nothing else.
 
-python -m experiments.plot --figure=fig3 --results=experiments/results/fig3_cifar10.jsonl --out=fig3.png
+    python -m experiments.plot --results=experiments/results/fig3_cifar10.jsonl --out=fig3.png
+    python -m experiments.plot --all
+
+The second draws every file of experiments/results/ again and prints the verdicts on the paper's claims.
 """
 
 import collections
@@ -13,7 +16,7 @@ from absl import app
 from absl import flags as absl_flags
 
 import kerascompress as kc
-from experiments import flags, runs
+from experiments import claims, flags, runs
 
 FLAGS = absl_flags.FLAGS
 absl_flags.adopt_module_key_flags(flags)
@@ -21,21 +24,14 @@ absl_flags.DEFINE_enum(
     "accuracy",
     "test_last",
     ["test_last", "test_best", "validation_last", "validation_best"],
-    "Accuracy to show: of the last epoch, or of the epoch that is best on the validation images.",
+    "Accuracy to show: of the last epoch, or of the epoch that is best on the validation images. Seeds from "
+    f"{claims.CHOOSING} on choose magnitudes: theirs is always validation_last.",
 )
+absl_flags.DEFINE_boolean("all", False, "Draw all files of rows in experiments/results/, and print the verdicts.")
 SETTING = ("dataset", "model", "train_images", "epochs", "batch_size", "learning_rate", "smoke", "augmenter")
-SETTING += (
-    "strong",
-    "teacher",
-    "image_size",
-    "schedule",
-    "carrier",
-    "evaluate_every",
-    "content",
-    "augment_in",
-    "crop_area",
-)
-OURS = ("decayed", "inherit", "teacher filter")  # the paper's own arms stand out
+SETTING += ("strong", "teacher", "image_size", "schedule", "carrier", "evaluate_every")
+SETTING += ("content", "augment_in", "crop_area")  # of images in files
+OURS = ("decayed", "linked", "inherit", "teacher filter")  # the paper's own arms stand out
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the marker says it again.
 COLOURS = ["#999999", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#000000"]
 STYLES = cycler.cycler(color=COLOURS, marker=list("so^vDPX"))
@@ -43,11 +39,19 @@ STAND_OUT = {"color": "#0072B2", "marker": "*", "markersize": 10, "linewidth": 2
 
 
 def settings(rows):
-    """Returns `{setting: rows}`: only rows of one setting can be compared."""
+    """Returns `{setting: rows}`, those that choose apart: only rows of one setting can be compared."""
     grouped = collections.defaultdict(list)
     for row in rows:
-        grouped[tuple((runs.BEFORE | row)[name] for name in SETTING)].append(row)
+        grouped[chooses(row), *((runs.BEFORE | row)[name] for name in SETTING)].append(row)
     return grouped
+
+
+def chooses(row):
+    return row["seed"] >= claims.CHOOSING
+
+
+def shown_accuracy(row):
+    return "validation_last" if chooses(row) else FLAGS.accuracy
 
 
 def title(rows):
@@ -143,15 +147,16 @@ def curves(axes, arms):
 
 
 FIGURES = {"fig1": curves, "fig2": curves, "fig3": lines, "fig4": lines, "fig6": columns, "fig7": columns}
-absl_flags.DEFINE_enum("figure", "fig3", list(FIGURES), "Figure to draw from the rows in --results.")
+FIGURES |= {"demo": lines, "adaptive": lines}
 
 
-def draw(figure, rows, accuracy):
+def draw(figure, rows):
     """Returns a figure with a panel for each setting."""
     panels = settings(rows).values()
     canvas = matplotlib.figure.Figure(figsize=(7.5 * len(panels), 4.2), layout="constrained", dpi=150)
     for axes, panel in zip(np.atleast_1d(canvas.subplots(1, len(panels))), panels, strict=True):
         axes.set_prop_cycle(STYLES)
+        accuracy = shown_accuracy(panel[0])
         FIGURES[figure](axes, statistics(panel, accuracy))
         axes.set_ylabel(f"{accuracy.partition('_')[0]} accuracy (%)")
         axes.set_title(title(panel), fontsize="medium")
@@ -174,21 +179,29 @@ def points(axes, arm, x, cells):
 
 
 def show(figure, rows, out):
-    """Prints a table for each setting and writes the figure."""
-    for panel in settings(rows).values():
-        print(f"\n{title(panel)}: {FLAGS.accuracy} in percent, mean ± std (n)\n\n{markdown(panel, FLAGS.accuracy)}\n")
+    """Prints a table for each setting and writes the figure; that of seeds which choose lies beside it."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    draw(figure, rows, FLAGS.accuracy).savefig(out)
-    print(f"Figure: {out}")
+    for choosing in (False, True):
+        some = [row for row in rows if chooses(row) == choosing]
+        for panel in settings(some).values():
+            accuracy = shown_accuracy(panel[0])
+            print(f"\n{title(panel)}: {accuracy} in percent, mean ± std (n)\n\n{markdown(panel, accuracy)}\n")
+        if some:
+            path = out.with_stem(f"{out.stem}_validation") if choosing else out
+            draw(figure, some).savefig(path)
+            print(f"Figure: {path}")
 
 
 def main(_):
-    if FLAGS.results is None:
-        raise app.UsageError("Name the file of rows with --results.")
-    rows = [row for row in runs.read_rows(FLAGS.results) if row["figure"] == FLAGS.figure]
-    if not rows:
-        raise app.UsageError(f"--results={FLAGS.results} holds no row of {FLAGS.figure}.")
-    show(FLAGS.figure, rows, pathlib.Path(FLAGS.out or pathlib.Path(FLAGS.results).with_suffix(".png")))
+    if FLAGS.all == (FLAGS.results is not None):
+        raise app.UsageError("Name the file of rows with --results, or draw them all with --all.")
+    for path in sorted(claims.RESULTS.glob("*.jsonl")) if FLAGS.all else [pathlib.Path(FLAGS.results)]:
+        rows = runs.read_rows(path)
+        if not rows or rows[0]["figure"] not in FIGURES:
+            raise app.UsageError(f"{path} holds no row of a figure.")
+        show(rows[0]["figure"], rows, path.with_suffix(".png") if FLAGS.out is None else pathlib.Path(FLAGS.out))
+    if FLAGS.all:
+        print(f"\n{claims.table()}")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ class Run:
     schedule: str = "paper"  # of the learning rate
     carrier: str = "wrapper"  # of the masks
     evaluate_every: int = 1  # epochs from one look at the validation images to the next
+    target: float | None = None  # set-point of a magnitude that finds itself
+    step: float | None = None  # how far it moves in an epoch
     path: str | None = None  # ratios and magnitudes that led here, where they are not the paper's
     content: str | None = None  # of the folder, where images lie in files: how many classes, and a checksum
     augment_in: str = "model"  # where RandAugment acts

@@ -132,6 +132,19 @@ def rand_augment(run, seed):
     return keras_cv.RandAugment((0, 255), augmentations_per_image=2, magnitude=run.magnitude, seed=seed)
 
 
+def adapts(run, signal="gap", target=None, start=None):
+    """Returns the `moves` of a magnitude that finds itself by the set-point of a run, or another, from `start` on."""
+    frequency = run.evaluate_every if signal == "gap" else 1
+
+    def moves(augment):
+        if start is not None:
+            augment.magnitude.assign(start)
+        setting = {"step": run.step * frequency, "frequency": frequency}
+        return kc.AdaptiveMagnitude(augment, signal, run.target if target is None else target, **setting)
+
+    return moves
+
+
 def ramp(run, start=0.0):
     """Returns the schedule that prunes from the sparsity `start` to the run's over the first half of its steps."""
     steps = max(1, run.epochs // 2 * steps_per_epoch(run))
@@ -240,7 +253,7 @@ def _prepare(run, net, schedule, moves, around, stage):
         together = 1  # Keras takes steps one by one; TensorFlow has no loops in the loop of several replicas
     if devices.is_mirrored(run.devices):
         devices.synchronize(fitted)
-    compile_classifier(fitted, optimizer, steps_per_execution=together, **_metrics(run))
+    compile_classifier(fitted, optimizer, run.devices, steps_per_execution=together)
     fitted.optimizer.build(fitted.trainable_variables)
     alike = _alike(run, net, schedule, around, together)
     fitted, carried, augment = _compiled_before(alike, fitted, carried, augment)
@@ -251,7 +264,7 @@ def _prepare(run, net, schedule, moves, around, stage):
 def _alike(run, net, schedule, around, together):
     """Returns what decides a compiled step: all but the values of variables."""
     values = {"figure", "arm", "sparsity", "magnitude", "seed", "strong", "teacher", "path", "evaluate_every"}
-    values |= {"content"} if run.content else set()
+    values |= {"target", "step", "content", "crop_area"}
     return (
         *(value for name, value in run.key.items() if name not in values),
         *((variable.path, tuple(variable.shape)) for variable in net.variables),
@@ -293,7 +306,11 @@ def _fit(run, fitted, callbacks, best_from, stage):
     keeper.load()
     looks = [epoch for epoch in range(1, run.epochs + 1) if epoch % run.evaluate_every == 0 or epoch == run.epochs]
     if keeper.epochs < run.epochs:
-        images = _epochs_of_files(run, stage, keeper.epochs) if data.in_files else _Epochs(run, stage)
+        with_places = getattr(fitted, "takes_places", False)
+        if with_places and (data.in_files or devices.is_mirrored(run.devices)):
+            raise ValueError(f"{run} needs its images in memory, and on TensorFlow one device.")
+        in_files = data.in_files
+        images = _epochs_of_files(run, stage, keeper.epochs) if in_files else _Epochs(run, stage, with_places)
         fitted.fit(
             images,
             shuffle=False,
@@ -337,11 +354,9 @@ def _in_order(split, count):
     return images, *others
 
 
-def _metrics(run):
-    return {"metrics" if run.devices == 1 else "weighted_metrics": ["accuracy"]}  # weights: see `_in_order`
-
-
-def compile_classifier(model, optimizer, **settings):
+def compile_classifier(model, optimizer, count=1, **settings):
+    """Compiles a model for `count` devices."""
+    settings["metrics" if count == 1 else "weighted_metrics"] = ["accuracy"]  # some images weigh nothing: `_in_order`
     model.compile(
         optimizer,
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -351,11 +366,11 @@ def compile_classifier(model, optimizer, **settings):
 
 
 class _Epochs(keras.utils.PyDataset):
-    """The training images, in an order that the run and the epoch decide."""
+    """The training images, in an order that the run and the epoch decide; with their places among all, if wanted."""
 
-    def __init__(self, run, stage):
+    def __init__(self, run, stage, with_places=False):
         super().__init__()
-        self.run, self.stage = run, stage
+        self.run, self.stage, self.with_places = run, stage, with_places
         self.images, self.labels = data_of(run).train
         self.begin(0)
         # Keras' own hooks are called more often than there are epochs.
@@ -369,7 +384,8 @@ class _Epochs(keras.utils.PyDataset):
 
     def __getitem__(self, step):
         index = self.order[step * self.run.batch_size :][: self.run.batch_size]
-        return self.images[index], self.labels[index]
+        images = self.images[index]
+        return {"images": images, "places": index} if self.with_places else images, self.labels[index]
 
 
 class _Keeper(keras.callbacks.Callback):
@@ -380,6 +396,7 @@ class _Keeper(keras.callbacks.Callback):
         self.run, self.best_from = run, best_from
         self.fitted, self.variables = fitted, _state(fitted)
         self.looks, self.best, self.epochs, self.seconds = [], [], 0, 0.0
+        self.of_epochs = {"train": [], "magnitudes": []}
 
     def load(self):
         """Takes up what a killed process left."""
@@ -387,6 +404,7 @@ class _Keeper(keras.callbacks.Callback):
         if path.exists():
             history, state, self.best = load_arrays(path, "state", "best")
             self.looks, self.epochs, self.seconds = history["looks"], history["epochs"], history["seconds"]
+            self.of_epochs = history.get("of_epochs", self.of_epochs)  # older states lack it
             assign(self.variables, state)
             report(self.epochs, str(self.run))
         self.since = self.saved = time.monotonic()
@@ -394,6 +412,8 @@ class _Keeper(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         _ = self.model  # on JAX: brings the state back before it is read
         self.epochs = epoch + 1
+        self.of_epochs["train"].append(round(float(logs["accuracy"]), 6))
+        self.of_epochs["magnitudes"].extend([round(float(logs["magnitude"]), 4)] if "magnitude" in logs else [])
         if "val_accuracy" in logs:
             self.looks.append([self.epochs, round(float(logs["val_accuracy"]), 6)])
             if self.epochs > self.best_from and self.epochs == self.best_epoch:
@@ -410,7 +430,7 @@ class _Keeper(keras.callbacks.Callback):
         self.save()  # evaluating on the test images takes its time, too
 
     def save(self):
-        history = {"looks": self.looks, "epochs": self.epochs, "seconds": self.seconds}
+        history = {"looks": self.looks, "epochs": self.epochs, "seconds": self.seconds, "of_epochs": self.of_epochs}
         save_arrays(self.run.folder / STATE, history, state=numpy(self.variables), best=self.best)
 
     @property
@@ -434,6 +454,8 @@ class _Keeper(keras.callbacks.Callback):
             "best_epoch": self.best_epoch,
             "test_best": test_best,
             "test_last": test,
+            "train_last": (self.of_epochs["train"] or [None])[-1],
+            **({"magnitudes": self.of_epochs["magnitudes"]} if self.of_epochs["magnitudes"] else {}),
             "seconds": round(self.seconds, 1),
             "images": {name: len(getattr(data, name)[1]) for name in ("train", "validation", "test")},
         }

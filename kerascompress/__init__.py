@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 from typing import Any
 
 from kerascompress import models
+from kerascompress.adaptive import AdaptiveMagnitude
 from kerascompress.augment import Op, RandAugment, RandomCrop
 from kerascompress.callbacks import MagnitudeScheduler, PruningSummaries, UpdatePruningStep
 from kerascompress.channels import prune_channels
@@ -22,6 +23,7 @@ from kerascompress.schemes import baseline_a, baseline_b, discard, extend, inher
 from kerascompress.search import search_magnitude, validation_score
 
 __all__ = [
+    "AdaptiveMagnitude",
     "ConstantSparsity",
     "Distiller",
     "LatencyPolicy",

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops as kops
 
-from kerascompress import image_ops, rounds
+from kerascompress import graph, image_ops, rounds
 from kerascompress.rounds import KINDS
 
 
@@ -167,7 +167,8 @@ class RandAugment(_Augmentation):
     Args:
         magnitude: M in [0, 30], or `(low, high)`: drawn uniformly per image. `layer.magnitude` is a variable of shape
             `()` or `(2,)`; `layer.magnitude.assign(...)` acts on the next step, without a retrace. In `tf.data`, it
-            acts on the images that have not been prefetched yet.
+            acts on the images that have not been prefetched yet. Assigned below 0, it is off: every operation is the
+            identity, while at 0 AutoContrast, Equalize and Solarize still change images.
         num_ops: How many operations an image draws.
         ops: Names of `OPS`, or `Op` rows of your own; all of `OPS` by default.
         value_range: The values of black and white in the images: `(0, 255)`, `(0, 1)`, `(-1, 1)`. Float images are
@@ -180,7 +181,7 @@ class RandAugment(_Augmentation):
 
     Call arguments:
         images: uint8 or float, `(batch, height, width, channels)` or `(height, width, channels)`, 1 or 3 channels.
-        magnitude: Overrides the variable for this call: a number, or one per image, `(batch,)`.
+        magnitude: Overrides the variable for this call: a number, or one per image, `(batch,)`; below 0 is off.
         training: Whether to augment.
 
     Returns:
@@ -233,6 +234,9 @@ class RandAugment(_Augmentation):
         self.num_ops = num_ops
         self.ops = _rows(OPS if ops is None else ops)
         self.interpolation = interpolation
+        kinds = [row.kind for row in self.ops]
+        self._table = self.ops if KINDS[0] in kinds else (*self.ops, OPS[0])
+        self._off = [row.kind for row in self._table].index(KINDS[0])  # what is drawn below 0
         self._initial_magnitude = low_high.tolist()
         self.magnitude = self.add_weight(
             shape=low_high.shape,
@@ -248,10 +252,11 @@ class RandAugment(_Augmentation):
 
     def _augment_batch(self, images, good, magnitude):
         op, sign, magnitude = self.draw(kops.shape(images)[0], magnitude)
-        argument = _take([row.argument / 30 for row in self.ops], op) * magnitude
-        argument = argument * kops.where(_take([float(row.signed) for row in self.ops], op) > 0, sign, 1.0)
+        op = kops.where(magnitude < 0, self._off, op)
+        argument = _take([row.argument / 30 for row in self._table], op) * magnitude
+        argument = argument * kops.where(_take([float(row.signed) for row in self._table], op) > 0, sign, 1.0)
         return rounds.apply(
-            self.ops,
+            self._table,
             images,
             op,
             argument,
@@ -349,6 +354,33 @@ class RandomCrop(_Augmentation):
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "padding": self.padding}
+
+
+def check_driven(augment: Any) -> None:
+    """Raises an error unless `augment` has a magnitude that a callback can move: a scalar variable."""
+    if not hasattr(getattr(augment, "magnitude", None), "assign"):
+        raise TypeError(
+            "`augment` must have a variable `magnitude`, as `kerascompress.RandAugment` has. "
+            f"Received: augment={augment!r}."
+        )
+    if tuple(augment.magnitude.shape) != ():
+        raise ValueError(
+            "`augment` draws its magnitude from a (low, high) pair, but what drives it is one number. Received: "
+            f"augment={augment!r} with a magnitude of shape {tuple(augment.magnitude.shape)}. "
+            "Construct it with one magnitude, or assign the pair in a callback of your own."
+        )
+
+
+def check_in_model(augment: Any, model: keras.Model) -> None:
+    """Raises a ValueError if a model does not contain `augment`, but another augmentation."""
+    layers = graph.walk(model)
+    others = [layer for layer in layers if hasattr(getattr(layer, "magnitude", None), "assign")]
+    if others and all(layer is not augment for layer in layers):
+        raise ValueError(
+            f"The augmentation to drive is not in the model {model.name!r}, which has others: "
+            f"{[layer.name for layer in others]}. Received: augment={augment!r}. Pass that of the model: a "
+            "copied model, such as `prune_low_magnitude` returns, has copies of its layers."
+        )
 
 
 def _rows(ops: Sequence[str | Op]) -> tuple[Op, ...]:

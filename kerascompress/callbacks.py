@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from kerascompress import graph
+from kerascompress.augment import check_driven, check_in_model
 from kerascompress.pruning import PruneLowMagnitude, _numpy, _wrappers, pruning_vars, sparsity, update_masks
 from kerascompress.schedules import last_due
 
@@ -179,30 +179,13 @@ class MagnitudeScheduler(StepCallback):
                 "`schedule` must be a function of the step that returns a magnitude. "
                 f"Received: schedule={schedule!r}. For a constant, set `augment.magnitude` once."
             )
-        if not hasattr(getattr(augment, "magnitude", None), "assign"):
-            raise TypeError(
-                "`augment` must have a variable `magnitude`, as `kerascompress.RandAugment` has. "
-                f"Received: augment={augment!r}."
-            )
-        if tuple(augment.magnitude.shape) != ():
-            raise ValueError(
-                "`augment` draws its magnitude from a (low, high) pair, a schedule gives one number. Received: "
-                f"augment={augment!r} with a magnitude of shape {tuple(augment.magnitude.shape)}. "
-                "Construct it with one magnitude, or assign the pair in a callback of your own."
-            )
+        check_driven(augment)
         self.augment = augment
         self.schedule = schedule
         self._assigned: float | None = None
 
     def on_train_begin(self, logs=None):
-        layers = graph.walk(self.model)
-        others = [layer for layer in layers if hasattr(getattr(layer, "magnitude", None), "assign")]
-        if others and all(layer is not self.augment for layer in layers):
-            raise ValueError(
-                f"The augmentation to drive is not in the model {self.model.name!r}, which has others: "
-                f"{[layer.name for layer in others]}. Received: augment={self.augment!r}. Pass that of the model: a "
-                "copied model, such as `prune_low_magnitude` returns, has copies of its layers."
-            )
+        check_in_model(self.augment, self.model)
         self._assigned = None  # somebody else may have assigned since the last fit
         super().on_train_begin(logs)
 

@@ -53,6 +53,29 @@ def walk(layer: keras.Layer) -> list[keras.Layer]:
     return list({id(each): each for each in layer._flatten_layers()}.values())
 
 
+def metrics(model: keras.Model) -> list[Any]:
+    """What a model measures: metrics, and those that it was compiled with as they were given, functions and names too.
+
+    A model on TensorFlow makes metrics of names only when its step is traced.
+    """
+    compiled = getattr(model, "_compile_metrics", None)
+    given = [] if compiled is None else [compiled._user_metrics, compiled._user_weighted_metrics]
+    return [*(each for each in keras.tree.flatten(given) if each is not None), *model.metrics]
+
+
+def add_metric(model: keras.Model, metric: keras.Metric) -> None:
+    """Has a model measure one thing more, in training and in evaluation; its steps are compiled anew."""
+    compute = model.compute_metrics
+
+    def compute_metrics(x, y, y_pred, sample_weight=None):
+        metric.update_state(y, y_pred)
+        return compute(x, y, y_pred, sample_weight)
+
+    object.__setattr__(model, "compute_metrics", compute_metrics)
+    model._metrics.append(metric)
+    model.train_function = model.test_function = None
+
+
 def is_graph(layer: Any) -> bool:
     """Whether it is a Functional or Sequential model, of which the order of the layers is known."""
     return isinstance(layer, keras.Sequential) or (isinstance(layer, keras.Model) and hasattr(layer, "operations"))

@@ -38,7 +38,7 @@ class RandAugment(keras_cv.layers.RandAugment):
         augmentations_per_image: How many operations an image draws.
         magnitude: M in [0, 30]: 30 times keras-cv's. `layer.magnitude` is a scalar variable;
             `layer.magnitude.assign(...)` acts on the next step, without a retrace. In `tf.data`, it acts on the images
-            that have not been prefetched yet.
+            that have not been prefetched yet. Assigned below 0, it is off: no operation is applied.
         magnitude_stddev: Of the normal distributions, in [0, 1] as in keras-cv: 0.15 is 4.5 on the paper's scale.
         rate: The probability in [0, 1] that an operation is applied when it is drawn.
         geometric: Whether to shear and translate.
@@ -100,6 +100,7 @@ class RandAugment(keras_cv.layers.RandAugment):
             autocast=False,
             name="magnitude",
         )
+        self._initial_rate, self.rate = rate, _Live(self.magnitude, lambda u: tf.where(u < 0, -1.0, rate))
         self._follow(*self.layers)
 
     def _follow(self, _contrast, _equalize, solarize, color, contrast, brightness, *geometric):
@@ -140,7 +141,7 @@ class RandAugment(keras_cv.layers.RandAugment):
         return tf.function(super().call)(inputs)  # Keras turns AutoGraph off, without which keras-cv does not trace
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "magnitude": self._initial_magnitude}
+        return {**super().get_config(), "magnitude": self._initial_magnitude, "rate": self._initial_rate}
 
 
 def _check(value_range, augmentations_per_image, magnitude, **shares):

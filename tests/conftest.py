@@ -2,6 +2,7 @@
 
 import experiments  # noqa: F401, I001 (first: it sets the threads, and with them the last bits of every sum)
 import gc
+import os
 
 import keras
 import pytest
@@ -28,13 +29,20 @@ def pytest_collection_modifyitems(items):
 
 def pytest_sessionstart(session):
     gc.freeze()  # what the imports have made stays: collecting would look at it again and again
+    if keras.backend.backend() == "jax":  # what one test has compiled serves the next, in other processes too
+        import jax
+
+        folder = str(session.config.cache.mkdir("jax"))
+        os.environ |= {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation(request):
     """Compiling is most of the time, so it is done thoroughly only where the result must be a user's, to the bit.
 
-    Elsewhere JAX optimises less, and TensorFlow takes XLA only where a test says so.
+    Elsewhere JAX optimises less, and TensorFlow neither rewrites its graphs nor takes XLA unless a test says so.
     """
     is_exact = request.module.__name__.split(".")[-1] in EXACT
     with pytest.MonkeyPatch.context() as patch:
@@ -43,8 +51,12 @@ def quick_compilation(request):
 
             jax.config.update("jax_disable_most_optimizations", not is_exact)
             jax.clear_caches()
-        elif not is_exact:
-            patch.setattr(keras.Model, "_resolve_auto_jit_compile", lambda model: False)
+        elif keras.backend.backend() == "tensorflow":
+            import tensorflow as tf
+
+            tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": not is_exact})
+            if not is_exact:
+                patch.setattr(keras.Model, "_resolve_auto_jit_compile", lambda model: False)
         yield
     gc.collect()
 

@@ -49,8 +49,12 @@ def distilled(run, net, stage):
     return kc.Distiller(net, network(seed=7), augment=layers, num_candidates=2, alpha=0.5), augment
 
 
+def adapts(augment):
+    return kc.AdaptiveMagnitude(augment, "accuracy", 0.01, step=2)  # which any accuracy is above
+
+
 CASES = {  # what is trained, on one device and on so many
-    "wrapper": {"devices": 2, "carrier": "wrapper"},
+    "wrapper, AdaptiveMagnitude": {"devices": 2, "carrier": "wrapper", "moves": adapts},
     "optimizer, Distiller": {"devices": 4, "carrier": "optimizer", "around": distilled},
 }
 
@@ -71,8 +75,8 @@ def train(case, count, folder):
     """Returns what one training leaves."""
     settings = {name: value for name, value in CASES[case].items() if name != "devices"}
     run = Run(
-        figure="fig1", dataset="cifar10", model="resnet8", arm="M=9", sparsity=0.5, magnitude=9, seed=0, epochs=1,
-        batch_size=8, learning_rate=0.1, train_images=40, smoke=False, schedule="cosine", devices=count,
+        figure="fig1", dataset="cifar10", model="resnet8", arm="M=9", sparsity=0.5, magnitude=9, seed=0, epochs=2,
+        batch_size=20, learning_rate=0.1, train_images=40, smoke=False, schedule="cosine", devices=count,
         carrier=settings.pop("carrier"), checkpoints=str(pathlib.Path(folder, f"{case}{count}")),
     )  # fmt: skip
     fitted, prepare = [], training._prepare
@@ -85,7 +89,8 @@ def train(case, count, folder):
         training._prepare = prepare
     return {
         "weights": np.concatenate([weight.ravel() for weight in net.get_weights()]).tolist(),
-        "accuracies": [result["validation_last"], result["test_last"]],
+        "accuracies": [result["train_last"], result["validation_last"], result["test_last"]],
+        "magnitudes": result.get("magnitudes"),
         "sparsity": kc.sparsity(net),
         "masks": [[int(mask.sum()) for mask in copies(mask)] for mask in masks_of(fitted[0][0])],
         "same": all(np.array_equal(copy, copies(m)[0]) for m in masks_of(fitted[0][0]) for copy in copies(m)),
@@ -141,6 +146,7 @@ def test_a_training_on_several_devices_is_that_on_one_up_to_rounding(report, cas
     alone, several = report[case]
     np.testing.assert_allclose(several["weights"], alone["weights"], rtol=1e-3, atol=1e-4)
     assert several["accuracies"] == alone["accuracies"]
+    assert several["magnitudes"] == alone["magnitudes"] == ([9, 11] if "moves" in CASES[case] else None)
     assert several["sparsity"] == alone["sparsity"] == pytest.approx(0.5, abs=0.01)
     assert several["same"]
     assert [len(copies) for copies in several["masks"]] == [CASES[case]["devices"]] * 2

@@ -415,7 +415,7 @@ def test_plot_needs_rows_and_nothing_else(tmp_path, capsys, figure):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row | {"figure": figure}) + "\n" for row in rows))
     with flagsaver.flagsaver():
-        absl_flags.FLAGS(["test", f"--figure={figure}", f"--results={path}", f"--out={tmp_path}/figures/{figure}.png"])
+        absl_flags.FLAGS(["test", f"--results={path}", f"--out={tmp_path}/figures/{figure}.png"])
         plot.main([])
     assert (tmp_path / "figures" / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
     found = "p = 0: optimal magnitude 4, maximal 14" in capsys.readouterr().out

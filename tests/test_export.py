@@ -67,6 +67,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.once
 def test_resnet20_at_80_percent_runs_with_tensorflow_alone_as_sparse_as_reported(tmp_path):
     dense = models.resnet20(10, seed=0)
     model, x = pruned(dense, 0.8), images(4, 32, 32, 3)

@@ -33,6 +33,7 @@ print(json.dumps({"environment": dict(os.environ) == before, "new": sorted(new)}
     assert seen == {"environment": True, "new": ["kerascompress"]}
 
 
+@pytest.mark.once
 def test_after_a_schedule_is_used_tf_keras_is_still_keras_3_and_keras_cv_still_imports():
     seen = run_python("""
 import json, os

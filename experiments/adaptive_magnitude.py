@@ -1,0 +1,305 @@
+"""Magnitudes that find themselves in one training, beside the best of several that are held constant.
+
+    python -m experiments.adaptive_magnitude --dataset=cifar10 --image_size=16 --train_images=500 --model=resnet8
+
+Every arm is one training as in Figure 1: from scratch, pruned over the first half of its steps. The regret of an arm is
+the test accuracy of the best constant magnitude, chosen on the validation images for each ratio, minus its own, with
+the same seed. The protocol is in README.md.
+
+Paper (Section IV-B): 14, 12, 8, 4 at p = 0, .2, .4, .6 (ResNet-20, CIFAR-100), found by 20 to 31 trainings each.
+
+Time: 15 trainings for each ratio and seed, a minute each on one core at the scale of the protocol; `--smoke` a minute.
+
+The arms, beside the constants:
+
+- trivial: TrivialAugment: one operation, every image its own M between 0 and 30.
+- line: M = 14.6 - 17 p, the line through the paper's optima; none where it is below 0.
+- accuracy=r: M rises while the accuracy on augmented training images is above r, and falls else.
+- gap=g: the same with that accuracy minus the one on the validation images.
+- held-accuracy, held-gap: the same, held where a dense network has it that was trained at M = 9.
+- entropy: EntAugment's signal for all at once: M = 30 times the mean over the training images of 1 - H / ln K, the
+  entropy H of each one's softmax among K classes when it was last seen.
+- entropy-image: EntAugment: that of each image by itself, one operation, after ten epochs of TrivialAugment.
+
+With --teacher, every arm is a student of that teacher, as in Figure 7 without selection (not held-* and entropy*).
+"""
+
+import collections
+import re
+
+import keras
+import matplotlib.figure
+import numpy as np
+from absl import app
+from absl import flags as absl_flags
+from keras import ops
+from scipy import stats
+
+import kerascompress as kc
+from experiments import fig7_teacher_filter as fig7
+from experiments import flags, plot, training
+
+SPARSITIES = (0.0, 0.6, 0.9, 0.97)
+MAGNITUDES = (None, 2, 4, 6, 9, 14, 22)  # None is no RandAugment
+ARMS = ("trivial", "line", "accuracy=0.6", "gap=0.15", "held-accuracy", "held-gap", "entropy", "entropy-image")
+DENSE = 9  # the magnitude at which the operating point of held-* is measured
+MOVED = ("accuracy", "gap", "held-accuracy", "held-gap")
+WARMUP = 10  # epochs of TrivialAugment before EntAugment's own magnitudes
+PAPER = {0.0: 14, 0.2: 12, 0.4: 8, 0.6: 4}
+SMOKE = {"sparsities": (0.0, 0.6), "magnitudes": (None, 9), "arms": ("trivial", "gap=0.15", "entropy-image")}
+
+FLAGS = absl_flags.FLAGS
+absl_flags.adopt_module_key_flags(flags)
+
+
+# The rules: what each arm gives to `training.trained`
+
+
+def kind(arm):
+    return re.split("[=,]", arm)[0]
+
+
+def rule(run):
+    """Returns what `training.trained` needs to know of an arm."""
+    name = kind(run.arm)
+    if name in MOVED:
+        signal = name.removeprefix("held-")
+        return {
+            "moves": training.adapts(run, signal, target=operating_point(run, signal) if run.target is None else None)
+        }
+    return {
+        "trivial": {"around": trivial},
+        "entropy": {"around": entropic, "moves": Shown},
+        "entropy-image": {"around": entropic, "moves": Shown},
+    }.get(name, {})
+
+
+def operating_point(run, signal):
+    """Returns where a dense network ended, which was trained before at a constant magnitude."""
+    dense = training.trained(run.after, training.build_model(run.after))
+    return dense["train_last"] - (dense["validation_last"] if signal == "gap" else 0)
+
+
+def trivial(run, net, stage):
+    """TrivialAugment in place of RandAugment."""
+    data = training.data_of(run)
+    *base_seeds, seed = training.layer_seeds(run, 3, stage)
+    augment = kc.RandAugment((0, 30), num_ops=1, seed=seed)
+    layers = [*training.base_augmentation(data, *base_seeds), augment, net]
+    return keras.Sequential([keras.Input(data.input_shape, dtype="uint8"), *layers]), augment
+
+
+def entropic(run, net, stage):
+    """EntAugment in place of RandAugment."""
+    model = EntAugment(run, net, stage)
+    return model, model
+
+
+class EntAugment(keras.Model):
+    """The network of a run behind its augmentation, at magnitudes which the entropies of its outputs decide.
+
+    Reference:
+        Yang et al., "EntAugment: Entropy-Driven Adaptive Data Augmentation Framework for Image Classification", 2024.
+    """
+
+    takes_places = True  # of the images among all, beside them
+
+    def __init__(self, run, net, stage):
+        super().__init__()
+        data, steps = training.data_of(run), training.steps_per_epoch(run)
+        *base_seeds, seed = training.layer_seeds(run, 3, stage)
+        self.per_image = kind(run.arm) == "entropy-image"
+        self.base = training.base_augmentation(data, *base_seeds)
+        self.augment = kc.RandAugment((0, 30), num_ops=1 if self.per_image else 2, seed=seed)
+        self.net, self.classes = net, data.num_classes
+        self.warmup = min(WARMUP, run.epochs // 2) * steps if self.per_image else 0
+        state = {"initializer": "zeros", "trainable": False, "dtype": "float32"}
+        self.certainty = self.add_weight(shape=(len(data.train[1]),), name="certainty", **state)
+        self.steps = self.add_weight(shape=(), name="steps", **state)
+        self.built = True
+
+    def magnitudes(self, certainty):
+        return ops.minimum(ops.floor(30 * certainty) + 1, 30) if self.per_image else 30 * ops.mean(certainty)
+
+    def call(self, inputs, training=None):
+        images = inputs["images"] if isinstance(inputs, dict) else inputs
+        if not training:
+            return self.net(images, training=False)
+        for layer in self.base:
+            images = layer(images, training=True)
+        drawn = self.augment.draw_magnitude(ops.shape(images)[0])
+        certainty = ops.take(self.certainty, inputs["places"]) if self.per_image else self.certainty
+        magnitude = ops.where(self.steps < self.warmup, drawn, self.magnitudes(certainty))
+        logits = self.net(self.augment(images, magnitude=magnitude, training=True), training=True)
+        share = ops.softmax(ops.stop_gradient(ops.cast(logits, "float32")))
+        certainty = 1 + ops.sum(share * ops.log(share + 1e-8), axis=-1) / np.log(self.classes)
+        places = ops.cast(inputs["places"], "int32")[:, None]
+        self.certainty.assign(ops.scatter_update(self.certainty, places, certainty))
+        self.steps.assign(self.steps + 1)
+        return logits
+
+
+class Shown(keras.callbacks.Callback):
+    """Logs the mean magnitude to which an epoch has led."""
+
+    def __init__(self, augment):
+        super().__init__()
+        self.augment = augment
+
+    def on_epoch_end(self, epoch, logs=None):
+        _ = self.model  # on JAX: brings the state back before it is read
+        magnitudes = self.augment.magnitudes(ops.convert_to_tensor(self.augment.certainty))
+        logs["magnitude"] = float(np.mean(ops.convert_to_numpy(magnitudes)))
+
+
+def distilled(around):
+    """Returns an `around` that distils the network of a run, without selection, on the images of another `around`."""
+
+    def student(run, net, stage):
+        fitted, augment = around(run, net, stage)
+        views = keras.Sequential(fitted.layers[:-1])
+        teacher, _ = fig7.load_teacher(run)
+        return kc.Distiller(net, teacher, augment=views, num_candidates=1, **fig7.LOSS), augment
+
+    return student
+
+
+def outcome(run):
+    net = training.build_model(run)
+    if run.arm == "teacher":
+        return training.trained(run, net)
+    rules = rule(run)
+    if run.teacher:
+        rules["around"] = distilled(rules.get("around", training.classifier))
+    pruning = {"schedule": training.ramp(run), "best_from": run.epochs // 2} if run.sparsity else {}
+    return training.trained(run, net, **pruning, **rules) | training.sizes(net)
+
+
+# The study
+
+
+def line(sparsity):
+    magnitude = round(14.6 - 17 * sparsity, 2)
+    return magnitude if magnitude >= 0 else None
+
+
+def settings(arm, sparsity):
+    """Returns what the key says of an arm."""
+    name, _, target = arm.partition("=")
+    if not re.fullmatch(r"-?0?\.\d+|" if name in ("accuracy", "gap") else "", target) or arm in ("accuracy", "gap"):
+        raise ValueError(f"--arms takes a set-point for accuracy and gap alone, such as gap=0.15. Received: {arm}.")
+    if name not in MOVED:
+        return {"arm": arm, "magnitude": line(sparsity) if name == "line" else None}
+    step = flags.step()
+    arm = arm if step == 0.5 else f"{arm},step={step:g}"
+    return {"arm": arm, "magnitude": 0.0, "target": float(target) if target else None, "step": step}
+
+
+def plan(study):
+    """Returns the runs of all arms, for each seed and ratio."""
+    usual = SMOKE if FLAGS.smoke else {"sparsities": SPARSITIES, "magnitudes": MAGNITUDES, "arms": ARMS}
+    arms = flags.arms([arm.partition("=")[0] for arm in ARMS], usual["arms"])
+    teacher, key = fig7.plan_teacher(study, FLAGS.teacher) if FLAGS.teacher else (None, None)
+    if key and (cannot := [arm for arm in arms if arm.startswith(("held", "entropy"))]):
+        raise ValueError(f"With --teacher there is no arm {', '.join(cannot)}. Received: --arms={','.join(arms)}.")
+    constant = {flags.magnitude_name(m): m for m in flags.magnitudes("magnitudes", usual["magnitudes"])}
+    runs = []
+    for seed in study.seeds:
+        common = {"seed": seed, "teacher": key}
+        dense = study.run(arm=flags.magnitude_name(DENSE), sparsity=0.0, magnitude=DENSE, **common)
+        for p in flags.sparsities(usual["sparsities"]):
+            keys = [{"arm": name, "magnitude": m} for name, m in constant.items()] + [settings(arm, p) for arm in arms]
+            runs += [
+                study.run(sparsity=p, after=dense if each["arm"].startswith("held") else teacher, **each, **common)
+                for each in keys
+            ]
+    return runs
+
+
+# What the rows say
+
+
+def regrets(rows):
+    """Returns the best constant of each ratio, and `{arm: {ratio: {seed: regret in points}}}`."""
+    table = collections.defaultdict(lambda: collections.defaultdict(dict))
+    for row in rows:
+        table[row["arm"]][row["sparsity"]][row["seed"]] = row
+    constants = [arm for arm in table if arm == "none" or arm.startswith("M=")]
+    best = {}
+    for p in sorted({row["sparsity"] for row in rows}):
+        scores = {arm: np.mean([row["validation_last"] for row in table[arm][p].values()]) for arm in constants}
+        best[p] = max(scores, key=scores.get)
+
+    def regret(row):
+        of_best = table[best[row["sparsity"]]][row["sparsity"]][row["seed"]]
+        return 100 * (of_best["test_last"] - row["test_last"])
+
+    return best, {
+        arm: {p: {seed: regret(row) for seed, row in cell.items()} for p, cell in sorted(cells.items())}
+        for arm, cells in table.items()
+    }
+
+
+def interval(values):
+    """Returns the mean and half the width of its 95 % t interval, or None for a single value."""
+    n = len(values)
+    half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5 if n > 1 else None
+    return np.mean(values), half
+
+
+def markdown(rows):
+    """Returns arms x ratios: mean regret in points, and over the ratios with its interval and the largest."""
+    best, table = regrets(rows)
+    lines = [["regret (points)", *(f"p = {p:g}: {arm}" for p, arm in best.items()), "mean ± t (n)", "largest"]]
+    lines.append(["---"] * len(lines[0]))
+    for arm, cells in table.items():
+        means = {p: np.mean(list(of_seeds.values())) for p, of_seeds in cells.items()}
+        seeds = sorted(set.intersection(*(set(of_seeds) for of_seeds in cells.values())))
+        mean, half = interval([np.mean([cells[p][seed] for p in cells]) for seed in seeds])
+        of_all = f"{mean:.2f} ± {'–' if half is None else f'{half:.2f}'} ({len(seeds)})"
+        lines.append(
+            [arm, *(f"{means[p]:.2f}" if p in means else "" for p in best), of_all, f"{max(means.values()):.2f}"]
+        )
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def draw(rows):
+    """Returns a figure of M over the epochs: a panel for each rule that moves it, a line for each ratio."""
+    arms = list(dict.fromkeys(row["arm"] for row in rows if "magnitudes" in row))
+    ratios = sorted({row["sparsity"] for row in rows})
+    figure = matplotlib.figure.Figure(figsize=(4.2 * len(arms), 3.6), layout="constrained", dpi=150)
+    figure.suptitle(plot.title(rows), fontsize="medium")
+    for axes, arm in zip(figure.subplots(1, len(arms), sharey=True, squeeze=False)[0], arms, strict=True):
+        for p, magnitude in PAPER.items():
+            axes.axhline(magnitude, color="#cccccc", linestyle="--", linewidth=1, zorder=0)
+            if axes is figure.axes[0]:
+                axes.text(0, magnitude, f"the paper's at p = {p:g}", fontsize="x-small", color="#888888", va="bottom")
+        for p, colour in zip(ratios, (plot.COLOURS[1:] + plot.COLOURS[:1]) * len(ratios), strict=False):
+            seeds = [row["magnitudes"] for row in rows if row["arm"] == arm and row["sparsity"] == p]
+            if seeds:
+                epochs = np.arange(1, len(seeds[0]) + 1)
+                axes.plot(epochs, np.mean(seeds, axis=0), color=colour, label=f"p = {p:g} (n = {len(seeds)})")
+                axes.fill_between(epochs, np.min(seeds, axis=0), np.max(seeds, axis=0), color=colour, alpha=0.2)
+        axes.set(title=arm, xlabel="epoch", ylim=(-1, 30))
+        axes.legend(fontsize="x-small", frameon=False)
+    figure.axes[0].set_ylabel("magnitude M")
+    return figure
+
+
+def main(_):
+    if FLAGS.augmenter != "kerascompress":
+        raise ValueError("TrivialAugment and EntAugment draw magnitudes, which keras-cv's does not. Leave --augmenter.")
+    study = flags.Study(
+        "adaptive", ("sparsities", "magnitudes", "arms", "step", "teacher", "teacher_epochs", "teacher_magnitude")
+    )
+    rows = study.carry_out(plan(study), outcome)
+    plot.show("adaptive", rows, study.out)
+    print(f"\nAgainst the best constant, named at the top:\n\n{markdown(rows)}\n")
+    if any("magnitudes" in row for row in rows):
+        path = study.out.with_stem(f"{study.out.stem}_magnitudes")
+        draw(rows).savefig(path)
+        print(f"Magnitudes: {path}")
+
+
+if __name__ == "__main__":
+    app.run(main)

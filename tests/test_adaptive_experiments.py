@@ -1,0 +1,131 @@
+"""The study of magnitudes that find themselves: every arm leaves its row, and what is said of the rows."""
+
+import keras
+import numpy as np
+import pytest
+from absl import flags as absl_flags
+from absl.testing import flagsaver
+from test_experiments import one_layer, run_of
+
+from experiments import adaptive_magnitude as study
+from experiments import fig3_magnitude_decay as fig3
+from experiments import training
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(training, "build_model", one_layer)
+
+
+def test_every_arm_leaves_a_row_with_its_set_point_and_its_magnitudes(tmp_path, small, smoke_run, capsys):
+    arms = "trivial,line,accuracy=0.05,gap=-0.9,held-accuracy,held-gap,entropy,entropy-image"
+    rows = smoke_run(study, tmp_path, arms=arms, sparsities="0.6", magnitudes="none,9", step=1.5)
+    of = {row["arm"]: row for row in rows}
+    assert list(of)[:4] == ["none", "M=9", "trivial", "line"]
+    assert of["line"]["magnitude"] == 4.4  # 14.6 - 17 * 0.6
+    assert (of["gap=-0.9,step=1.5"]["target"], of["gap=-0.9,step=1.5"]["step"]) == (-0.9, 1.5)
+    assert of["gap=-0.9,step=1.5"]["magnitudes"] == [0, 1.5]
+    moving = {arm for arm, row in of.items() if "magnitudes" in row}
+    assert moving == set(of) - {"none", "M=9", "trivial", "line"}
+    for row in rows:
+        assert len(row.get("magnitudes", [0, 0])) == 2
+        assert 0 <= row["train_last"] <= 1
+        assert row["live_sparsity"] == pytest.approx(0.6, abs=0.01)
+    assert all(0 < m <= 30 for arm in ("entropy", "entropy-image") for m in of[arm]["magnitudes"])
+    assert "| p = 0.6: " in capsys.readouterr().out
+    assert (tmp_path / "rows_magnitudes.png").exists()
+
+
+def test_a_distilled_student_finds_its_magnitude_too(tmp_path, small, smoke_run):
+    arms = {"arms": "gap=-0.9,trivial", "sparsities": "0", "magnitudes": "none", "teacher": "resnet8w8"}
+    rows = smoke_run(study, tmp_path, **arms)
+    assert [row["arm"] for row in rows] == ["none", "gap=-0.9", "trivial"]
+    assert {row["teacher"] for row in rows} == {"resnet8w8x2 M=14 seed=10000"}
+    assert next(row for row in rows if row["arm"] == "gap=-0.9")["magnitudes"] == [0, 0.5]
+    with pytest.raises(ValueError, match="no arm entropy"):
+        smoke_run(study, tmp_path, **arms | {"arms": "entropy"})
+
+
+def test_the_magnitude_of_an_image_is_made_of_the_entropy_of_its_last_output(tmp_path):
+    run = run_of(tmp_path, arm="entropy-image", epochs=0)
+    net = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Flatten(), keras.layers.Dense(10)])
+    net.set_weights([np.zeros((64, 10)), np.log([0.5, 0.5] + [1e-9] * 8)])  # entropy ln 2
+    model, _ = study.entropic(run, net, 0)
+    images = training.data_of(run).train[0]
+    model({"images": images[:2], "places": np.array([5, 3])}, training=True)
+    certainty = keras.ops.convert_to_numpy(model.certainty)
+    expected = np.zeros(64)
+    expected[[3, 5]] = 1 - np.log(2) / np.log(10)  # 0.699
+    np.testing.assert_allclose(certainty, expected, atol=1e-5)
+    assert keras.ops.convert_to_numpy(model.magnitudes(certainty))[[3, 4]].tolist() == [21, 1]  # min(int(30 m) + 1, 30)
+
+
+def test_a_killed_run_goes_on_with_its_magnitudes(tmp_path, monkeypatch):
+    def outcome(folder):
+        run = run_of(folder, arm="gap=-0.9", magnitude=0.0, target=-0.9, step=0.5, epochs=4)
+        return training.trained(run, one_layer(run), moves=training.adapts(run)) | {"seconds": 0}
+
+    whole = outcome(tmp_path / "whole")
+    assert whole["magnitudes"] == [0, 0.5, 1, 1.5]
+    monkeypatch.setattr(training, "SAVE_EVERY", 0)
+    save, saved = training.save_arrays, []
+
+    def save_twice(*args, **groups):
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        saved.append(save(*args, **groups))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_arrays", save_twice)
+        with pytest.raises(KeyboardInterrupt):
+            outcome(tmp_path / "killed")
+    assert outcome(tmp_path / "killed") == whole
+
+
+def test_a_magnitude_of_figure_3_that_finds_itself_goes_on_from_stage_to_stage(tmp_path, small, smoke_run, monkeypatch):
+    monkeypatch.setitem(study.kc.adaptive.TARGETS, "gap", -0.9)
+    rows = smoke_run(fig3, tmp_path, arms="adaptive", sparsities="0,0.3,0.6", decayed="14,9,4", carrier="optimizer")
+    assert [(row["arm"], row["sparsity"], row["target"]) for row in rows] == [
+        ("adaptive", p, -0.9) for p in (0.0, 0.3, 0.6)
+    ]
+    assert [row["magnitudes"] for row in rows] == [[0, 0.5], [0.5, 1], [1, 1.5]]
+
+
+def row_of(arm, seed, validation, test, sparsity=0.0):
+    return {"arm": arm, "sparsity": sparsity, "seed": seed, "validation_last": validation, "test_last": test}
+
+
+@pytest.mark.once
+def test_regret_is_against_the_constant_that_is_best_on_the_validation_images_seed_by_seed():
+    rows = [row_of("none", 0, 0.5, 0.9), row_of("none", 1, 0.5, 0.9)]  # best on test, but chosen is M=4
+    rows += [row_of("M=4", 0, 0.7, 0.60), row_of("M=4", 1, 0.7, 0.70)]
+    rows += [row_of("gap=0.15", 0, 0.9, 0.59), row_of("gap=0.15", 1, 0.9, 0.67)]
+    best, table = study.regrets(rows)
+    assert best == {0.0: "M=4"}
+    assert table["gap=0.15"][0.0] == pytest.approx({0: 1.0, 1: 3.0})
+    *_, last = study.markdown(rows).splitlines()
+    assert last == "| gap=0.15 | 2.00 | 2.00 ± 12.71 (2) | 2.00 |"  # t(0.975, 1) = 12.706, sd / sqrt(2) = 1
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": "gab=0.15"}, "--arms must be among trivial"),
+        ({"arms": "accuracy"}, r"such as gap=0.15. Received: accuracy\."),
+        ({"arms": "trivial=4"}, r"for accuracy and gap alone.*trivial=4"),
+        ({"augmenter": "keras_cv"}, "Leave --augmenter"),
+    ],
+)
+def test_impossible_settings_are_errors(tmp_path, smoke_run, changes, message):
+    with pytest.raises(ValueError, match=message):
+        smoke_run(study, tmp_path, **changes)
+
+
+@pytest.mark.once
+def test_the_line_through_the_papers_optima_ends_in_none():
+    assert [study.line(p) for p in (0.0, 0.6, 0.9)] == [14.6, 4.4, None]
+    with flagsaver.flagsaver():
+        absl_flags.FLAGS(["test", "--dataset=digits", "--seeds=0"])
+        shown = {flag.name: flag.help for flag in absl_flags.FLAGS.get_key_flags_for_module(study)}
+    assert {"arms", "step"} <= shown.keys()

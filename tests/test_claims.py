@@ -1,0 +1,98 @@
+"""Verdicts on the paper's claims, from rows."""
+
+import json
+
+import numpy as np
+import pytest
+from absl import flags as absl_flags
+from absl.testing import flagsaver
+from scipy import stats
+
+from experiments import claims, plot
+
+pytestmark = pytest.mark.once
+
+
+def rows_of(arm, accuracies, sparsity=0.0, first_seed=0):
+    return [
+        {"arm": arm, "sparsity": sparsity, "seed": seed, "test_last": value, "validation_last": value}
+        for seed, value in enumerate(accuracies, first_seed)
+    ]
+
+
+STRONG_OVER_NONE = claims.leads("M=14", "none", ratios=(0.0,))
+
+
+def verdicts(*rows, parts=STRONG_OVER_NONE):
+    claim = claims.Claim("study", "strong helps", "Fig. 0", parts)
+    return claims.verdicts(claim, [row for some in rows for row in some])
+
+
+@pytest.mark.quick
+def test_a_verdict_is_that_of_the_t_interval_of_differences_seed_by_seed():
+    none, strong = np.array([0.40, 0.45, 0.41, 0.47, 0.44]), np.array([0.43, 0.46, 0.44, 0.49, 0.46])
+    (verdict,) = verdicts(rows_of("none", none), rows_of("M=14", strong))
+    interval = stats.ttest_rel(100 * strong, 100 * none).confidence_interval(0.975)
+    assert (verdict.low, verdict.high) == pytest.approx(tuple(interval))
+    assert (verdict.mean, verdict.std, verdict.n) == (pytest.approx(2.2), pytest.approx(0.8367, abs=1e-4), 5)
+    assert verdict.word == "reproduced"
+    (verdict,) = verdicts(rows_of("none", strong), rows_of("M=14", none))
+    assert verdict.word == "refuted"
+    (verdict,) = verdicts(rows_of("none", none), rows_of("M=14", none[::-1]))
+    assert verdict.word == "undecided"
+
+
+def test_there_are_two_looks_and_the_second_is_for_what_the_first_left_undecided():
+    strong = [0.5, 0.4, 0.5, 0.4, 0.5]
+    assert verdicts(rows_of("none", [0.4] * 5), rows_of("M=14", strong[:4])) == []  # a run is missing
+    (first,) = verdicts(rows_of("none", [0.4] * 14), rows_of("M=14", strong + [0.5] * 9))
+    assert (first.n, first.word) == (5, "undecided")
+    (second,) = verdicts(rows_of("none", [0.4] * 15), rows_of("M=14", strong + [0.5] * 10))
+    assert (second.n, second.word) == (15, "reproduced")
+    decided = [0.5, 0.5, 0.51, 0.5, 0.5] + [0.3] * 10
+    (verdict,) = verdicts(rows_of("none", [0.4] * 15), rows_of("M=14", decided))
+    assert (verdict.n, verdict.word) == (5, "reproduced")
+
+
+def test_seeds_that_choose_decide_nothing():
+    rows = rows_of("none", [0.4] * 5), rows_of("M=14", [0.5] * 5)
+    chosen = rows_of("M=14", [0.1] * 3, first_seed=100)
+    assert verdicts(*rows, chosen) == verdicts(*rows)
+
+
+def test_the_optimal_magnitude_is_the_best_and_the_maximal_one_the_largest_that_does_no_harm():
+    test = {0.0: 0.4, 2.0: 0.45, 4.0: 0.45, 9.0: 0.42, 14.0: 0.3}
+    assert claims.optimal(test) == 2  # the smallest of several
+    assert claims.maximal(test) == 9
+    assert claims.optimal(test | {0.0: 0.5}) == claims.maximal(test | {0.0: 0.5}) == 0  # none is best
+    dense = [*rows_of("none", [0.4] * 5), *rows_of("M=2", [0.3] * 5), *rows_of("M=9", [0.5] * 5)]
+    sparse = [*rows_of("none", [0.4] * 5, 0.97), *rows_of("M=2", [0.41] * 5, 0.97), *rows_of("M=9", [0.3] * 5, 0.97)]
+    (verdict,) = verdicts(dense, sparse, parts=claims.falls(claims.optimal))
+    assert verdict.mean == 9 - 2
+
+
+def test_the_tuned_magnitude_is_the_best_on_the_validation_images_of_the_seeds_that_choose():
+    rows = rows_of("teacher filter", [0.5] * 5) + rows_of("M=4", [0.45] * 5) + rows_of("M=9", [0.6] * 5)
+    chosen = rows_of("M=4", [0.5] * 3, first_seed=100) + rows_of("M=9", [0.4] * 3, first_seed=100)
+    (verdict,) = verdicts(rows, chosen, parts=claims.over_tuned)
+    assert verdict.mean == pytest.approx(5)  # over M = 4, though M = 9 is better on the test images
+
+
+def test_all_figures_and_the_table_are_made_of_rows_alone(tmp_path, monkeypatch, capsys):
+    setting = dict.fromkeys(plot.SETTING, 0) | {"images": {"train": 10}, "figure": "fig1"}
+    rows = rows_of("none", [0.4, 0.42, 0.4, 0.41, 0.4]) + rows_of("M=14", [0.5, 0.51, 0.5, 0.51, 0.5])
+    rows += rows_of("none", [0.4], first_seed=100) + rows_of("M=14", [0.3], first_seed=100)
+    (tmp_path / "small_fig1.jsonl").write_text("".join(json.dumps(setting | row) + "\n" for row in rows))
+    monkeypatch.setattr(claims, "RESULTS", tmp_path)
+    monkeypatch.setattr(claims, "CLAIMS", [claim for claim in claims.CLAIMS if "helps a dense" in claim.paper])
+    with flagsaver.flagsaver():
+        absl_flags.FLAGS(["test", "--all"])
+        plot.main([])
+    printed = capsys.readouterr().out
+    assert printed.endswith(
+        "| strong augmentation helps a dense network: M = 14 over none at p = 0 | Fig. 1, 2 "
+        "| +9.80 ± 0.45 points [+9.10, +10.50] (5) | **reproduced** |\n"
+    )
+    assert "validation_last in percent" in printed
+    for name in ("small_fig1.png", "small_fig1_validation.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
