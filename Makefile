@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help install demo evidence-small test test-quick test-tensorflow test-jax test-torch lint format clean
+.PHONY: help install demo evidence-small test test-quick test-tensorflow test-jax test-torch bench-gpu lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -49,6 +49,9 @@ test-torch: .venv-torch/installed  ## run the tests on the Torch backend; not a 
 	.venv-torch/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -c constraints-torch.txt \
 		-e '.[torch,experiments,dev]'
 	touch $@
+
+bench-gpu: install  ## on an accelerator: the `gpu` tests and three benchmarks in under ten minutes, as one JSON file
+	$(BIN)/python -m benchmarks.gpu
 
 lint: install  ## formatting, lint, types, and which module may import which
 	$(BIN)/ruff format --check .
