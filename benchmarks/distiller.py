@@ -95,12 +95,17 @@ def main():
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: for busy machines")
+    parser.add_argument(
+        "--memory", action=argparse.BooleanOptionalAction, default=True, help="measure it, in processes of their own"
+    )
     parser.add_argument("--jit_compile", action="store_true", help="XLA on the TensorFlow backend as well")
     args = parser.parse_args()
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
     batch = make_batch(args)
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        memory = {name: pool.apply(peak_memory, (args, name)) for name in arms(args, *batch)}
+    memory = {}
+    if args.memory:
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            memory = {name: pool.apply(peak_memory, (args, name)) for name in arms(args, *batch)}
     runs = {name: make() for name, make in arms(args, *batch).items()}
     for run in runs.values():
         run()
@@ -126,7 +131,7 @@ def main():
     for (name, values), floor in zip(seconds.items(), floors, strict=True):
         ms = f"{1000 * median[name]:,.0f} ({1000 * min(values):,.0f}, {1000 * max(values):,.0f})"
         over = " | " if floor is None else f"{1000 * floor:,.0f} | {median[name] / floor:.2f}"
-        print(f"| {name} | {ms} | {over} | {memory[name]:,.0f} |")
+        print(f"| {name} | {ms} | {over} | {memory.get(name, float('nan')):,.0f} |")
 
 
 if __name__ == "__main__":
