@@ -31,6 +31,7 @@ class Claim:
     where: str
     parts: Callable  # of the study's rows: {label: measure}, measure({(arm, ratio): row} of a seed) -> difference
     unit: str = " points"
+    looks: tuple = LOOKS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,9 @@ def verdicts(claim, rows):
     by_seed = collections.defaultdict(dict)
     for row in rows:
         by_seed[row["seed"]][row["arm"], row["sparsity"]] = row
-    looks = [n for n in LOOKS if by_seed[0] and all(by_seed[seed].keys() == by_seed[0].keys() for seed in range(n))]
+    looks = [
+        n for n in claim.looks if by_seed[0] and all(by_seed[seed].keys() == by_seed[0].keys() for seed in range(n))
+    ]
     made = []
     for label, measure in claim.parts(rows).items() if looks else ():
         for n in looks:
@@ -139,6 +142,15 @@ CLAIMS = (
           leads("M=14", "none", ratios=(0.0,))),
     Claim("small_fig1", "and harms a pruned one: none over M = 14 at p = .97", "Fig. 1, 2",
           leads("none", "M=14", ratios=(0.97,))),
+    *(
+        Claim("small_fig2", f"on ImageNet too: {paper}", "Fig. 2", parts, unit, looks=(3,))
+        for paper, parts, unit in (
+            ("M* at 0 less M* at .97", falls(optimal), ""),
+            ("the same of the maximal magnitude", falls(maximal), ""),
+            ("M = 14 over none at p = 0", leads("M=14", "none", ratios=(0.0,)), " points"),
+            ("none over M = 14 at p = .97", leads("none", "M=14", ratios=(0.97,)), " points"),
+        )
+    ),
     Claim("small_fig3", "decayed magnitudes beat each constant one", "Fig. 3, A", leads("decayed", *CONSTANTS)),
     Claim("small_fig3", "of the constants, the strongest leads at p = 0", "Fig. 3, B",
           leads("M=14", *CONSTANTS[:-1], ratios=(0.0,))),
