@@ -57,16 +57,13 @@ def batches_of(dataset):
 
 
 def ours(root, augmented):
-    import numpy as np
-
     from experiments import folder
     from kerascompress import RandAugment
 
     found = folder.listing(root)
     (files, labels), _ = folder.splits(found, SIDE, tempfile.mkdtemp(), skip_damaged=True)
     augment = RandAugment(MAGNITUDE, NUM_OPS, seed=0) if augmented else None
-    epochs = (np.random.default_rng(epoch) for epoch in itertools.count())
-    return batches_of(files.epochs(labels, BATCH, epochs, augment))
+    return batches_of(files.epochs(labels, BATCH, itertools.count(), augment))
 
 
 def keras_cv(root):

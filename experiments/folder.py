@@ -174,23 +174,24 @@ class Files:
         dataset = dataset.map(lambda path, *others: (_center(path, self.side), *others), num_parallel_calls=_cores())
         return dataset.batch(batch_size).prefetch(1).with_options(_options())
 
-    def epochs(self, labels, batch_size, randoms, augment=None, crop_area=None):
-        """Returns a `tf.data` dataset of (images, labels) that passes through the images once for each of `randoms`.
+    def epochs(self, labels, batch_size, seeds, augment=None, crop_area=None):
+        """Returns a `tf.data` dataset of (images, labels) that passes through the images once for each of `seeds`.
 
         Args:
             labels: int32 `(n,)`.
             batch_size: Of whole batches; what is left of an epoch is dropped.
-            randoms: NumPy generators, one an epoch, that decide its order, crops and flips.
+            seeds: Of NumPy, one an epoch, which decides its order, crops and flips.
             augment: A `kc.RandAugment`, which acts last, on batches (TensorFlow backend).
             crop_area: The least share of an image that a crop keeps, by default `CROP_AREA`.
         """
         tf = _tensorflow()
 
         def orders():
-            for random in randoms:
+            for seed in seeds:
+                random = np.random.default_rng(seed)
                 order = random.permutation(len(labels))[: len(labels) // batch_size * batch_size]
-                seeds = random.integers(0, 2**31, (len(order), 2), "int32")
-                yield self._full(self.paths[order]), labels[order], seeds
+                of_images = random.integers(0, 2**31, (len(order), 2), "int32")
+                yield self._full(self.paths[order]), labels[order], of_images
 
         kinds = tf.TensorSpec([None], tf.string), tf.TensorSpec([None], tf.int32), tf.TensorSpec([None, 2], tf.int32)
         dataset = tf.data.Dataset.from_generator(orders, output_signature=kinds)

@@ -326,17 +326,17 @@ def _fit(run, fitted, callbacks, best_from, stage):
     return keeper.result(data)
 
 
-def _epoch_random(run, stage, epoch):
+def _epoch_seed(run, stage, epoch):
     """Returns what decides the order of the images in an epoch."""
-    return np.random.default_rng((run.seed, round(100 * run.sparsity), epoch, stage))
+    return run.seed, round(100 * run.sparsity), epoch, stage
 
 
 def _epochs_of_files(run, stage, first):
     """Returns the remaining epochs as one dataset, each decided by its number alone."""
     images, labels = data_of(run).train
     augment = rand_augment(run, 0) if run.augment_in == "pipeline" and run.magnitude is not None else None
-    randoms = [_epoch_random(run, stage, epoch) for epoch in range(first, run.epochs)]
-    return images.epochs(labels, run.batch_size, randoms, augment, run.crop_area)
+    seeds = [_epoch_seed(run, stage, epoch) for epoch in range(first, run.epochs)]
+    return images.epochs(labels, run.batch_size, seeds, augment, run.crop_area)
 
 
 def _in_order(split, count):
@@ -377,7 +377,8 @@ class _Epochs(keras.utils.PyDataset):
         self.follow = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: self.begin(epoch))
 
     def begin(self, epoch):
-        self.order = _epoch_random(self.run, self.stage, epoch).permutation(len(self.labels))
+        seed = _epoch_seed(self.run, self.stage, epoch)
+        self.order = np.random.default_rng(seed).permutation(len(self.labels))
 
     def __len__(self):
         return len(self.labels) // self.run.batch_size

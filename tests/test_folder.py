@@ -95,7 +95,7 @@ def test_a_training_crop_is_a_box_of_the_image_of_all_sizes_and_mirrored_half_of
     ramps = np.stack([x, y, np.zeros_like(x)], axis=-1).astype("uint8")  # a pixel tells where it lies
     save(tmp_path / "image.JPEG", Image.fromarray(ramps))
     files = folder.Files(tmp_path, np.array([b"image.JPEG"] * 200), 32)
-    crops, _ = next(iter(files.epochs(np.zeros(200, "int32"), 200, [np.random.default_rng(0)])))
+    crops, _ = next(iter(files.epochs(np.zeros(200, "int32"), 200, [0])))
     crops = crops.numpy().astype(float)
     width, height = (np.abs(crops[:, 16, -1, 0] - crops[:, 16, 0, 0]), crops[:, -1, 16, 1] - crops[:, 0, 16, 1])
     width, height = width * 32 / 31, height * 32 / 31  # from the first center of a pixel to the last
@@ -114,8 +114,10 @@ def test_order_crops_and_flips_of_an_epoch_depend_on_its_own_random_numbers_alon
     files, labels = data.train
 
     def epochs(*seeds):
-        dataset = files.epochs(labels, 20, [np.random.default_rng(seed) for seed in seeds])
-        return [(pixels.numpy(), of.numpy()) for pixels, of in dataset]
+        dataset = files.epochs(labels, 20, seeds)
+        first, again = ([(pixels.numpy(), of.numpy()) for pixels, of in dataset] for _ in range(2))
+        assert all(np.array_equal(one[0], other[0]) for one, other in zip(first, again, strict=True))
+        return first
 
     both, second = epochs(7, 8), epochs(8)
     assert [len(of) for _, of in both] == [20] * 6  # of 66 images, 6 are dropped in each epoch
@@ -143,9 +145,7 @@ def test_splits_are_stratified_and_no_image_is_in_two(images, tmp_path):
 def test_rand_augment_in_the_pipeline_is_that_of_the_model_with_the_same_seed(images, tmp_path):
     files, labels = load(images, tmp_path).train
     augment = kc.RandAugment(14, ops=["Rotate", "Solarize"], seed=0)
-    plain, augmented = (
-        next(iter(files.epochs(labels, 60, [np.random.default_rng(3)], layer)))[0].numpy() for layer in (None, augment)
-    )
+    plain, augmented = (next(iter(files.epochs(labels, 60, [3], layer)))[0].numpy() for layer in (None, augment))
     order = np.random.default_rng(3)
     order.permutation(len(labels))
     augment.seed_generator.state.assign(order.integers(0, 2**31, (60, 2), "int32")[0])
@@ -220,6 +220,8 @@ def test_figures_that_move_the_magnitude_do_not_take_the_pipeline(tmp_path, smok
 
     with pytest.raises(ValueError, match="--augment_in is no flag of fig3"):
         smoke_run(fig3, tmp_path, augment_in="pipeline")
+    with pytest.raises(ValueError, match=r"--crop_area is a flag of --dataset=imagenet\. Received: --dataset=digits"):
+        smoke_run(fig3, tmp_path, crop_area=0.5)
 
 
 @pytest.mark.once
