@@ -16,7 +16,7 @@ RECIPES = {  # stages of 200 epochs, batch 128, SGD at 0.1: the paper authors' s
 }
 SMOKE = {"model": "resnet8w4", "epochs": 2, "batch_size": 32, "train_images": 64}
 SOME = ("sparsities", "magnitudes", "decayed", "strong", "weak", "teacher", "teacher_epochs", "teacher_magnitude")
-SOME += ("arms", "step")
+SOME += ("arms", "step", "export")
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("dataset", "cifar100", datasets.DATASETS, "Images to learn; `digits` come with scikit-learn.")
@@ -148,6 +148,14 @@ flags.DEFINE_integer(
     "teacher_epochs", None, "Epochs for which a teacher is trained. Default: as many as --epochs.", lower_bound=1
 )
 flags.DEFINE_float("teacher_magnitude", 14, "Magnitude at which a teacher is trained.", lower_bound=0, upper_bound=30)
+
+
+flags.DEFINE_string(
+    "export",
+    None,
+    "Figure 3 and the demo: folder for the most pruned network whose magnitude follows (first seed), as a SavedModel. "
+    "Default: none.",
+)
 
 
 class Study:

@@ -64,10 +64,13 @@ def title(rows):
 
 
 def statistics(rows, accuracy):
-    """Returns `{arm: {sparsity: (mean, standard deviation, n)}}` of an accuracy in percent, in the rows' order."""
+    """Returns `{arm: {sparsity: (mean, standard deviation, n)}}` of an accuracy in percent.
+
+    None and the constant magnitudes come first, by size; the other arms in the rows' order.
+    """
     table = collections.defaultdict(lambda: collections.defaultdict(list))
     magnitudes = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: claims.constant(row["arm"])):
         cell = row["arm"], row["sparsity"]
         if magnitudes.setdefault(cell, row.get("magnitude")) != row.get("magnitude"):
             raise ValueError(
@@ -127,7 +130,7 @@ def columns(axes, arms):
 
 def curves(axes, arms):
     """Draws accuracy over the magnitude, a line a ratio, and what `kc.search_magnitude` finds in it."""
-    places = {arm: -2 if arm == "none" else float(arm.removeprefix("M=")) for arm in arms}
+    places = {arm: claims.constant(arm) or -2 for arm in arms}
     for p in sorted({p for cells in arms.values() for p in cells}):
         cells = {arm: cells[p] for arm, cells in arms.items() if p in cells}
         points(axes, f"p = {p:g}", [places[arm] for arm in cells], cells.values())
