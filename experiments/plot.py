@@ -137,12 +137,13 @@ def curves(axes, arms):
         mean = {None if arm == "none" else places[arm]: cell[0] for arm, cell in cells.items()}
         if None in mean and len(mean) > 1:
             found = kc.search_magnitude(mean.get, [m for m in mean if m is not None], verbose=0)
+            best = None if found.maximal is None else found.optimal  # no magnitude is as good as none
             print(f"p = {p:g}: optimal magnitude {found.optimal}, maximal {found.maximal}")
-            for magnitude, marker in ((found.optimal, "*"), (found.maximal, "|")):
-                if magnitude is not None:
-                    axes.plot(magnitude, mean[magnitude], marker, markersize=16, color=axes.lines[-1].get_color())
+            for magnitude, marker, face in ((best, "*", None), (found.maximal or best, "o", "none")):
+                x, colour = -2 if magnitude is None else magnitude, axes.lines[-1].get_color()
+                axes.plot(x, mean[magnitude], marker, markersize=16, markerfacecolor=face or colour, color=colour)
     axes.set_xticks(list(places.values()), [arm.removeprefix("M=") for arm in places])
-    axes.set_xlabel("magnitude M (star: optimal, bar: maximal)")
+    axes.set_xlabel("magnitude M (star: optimal, ring: maximal)")
 
 
 FIGURES = {"fig1": curves, "fig3": lines, "fig4": lines, "fig6": columns, "fig7": columns}
