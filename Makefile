@@ -2,6 +2,7 @@
 # into .venv-torch.
 PYTHON ?= python3
 BIN := .venv/bin
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .PHONY: help install demo evidence-small test test-quick test-tensorflow test-jax test-torch bench-gpu lint format clean
@@ -32,16 +33,16 @@ evidence-small: install  ## Figure 1 at the scale of README's figure, one seed; 
 test: test-tensorflow test-jax  ## run the tests on the TensorFlow and the JAX backend
 
 test-quick: install  ## the heart of every module, on TensorFlow, in about a minute
-	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -n 2 --dist loadfile -m quick
+	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest $(PARALLEL) -m quick
 
 test-tensorflow: install
-	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -n 2 --dist loadfile
+	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest $(PARALLEL)
 
 test-jax: install
-	KERAS_BACKEND=jax $(BIN)/python -m pytest -n 2 --dist loadfile tests  # the docstrings run on TensorFlow
+	KERAS_BACKEND=jax $(BIN)/python -m pytest $(PARALLEL) tests  # the docstrings run on TensorFlow
 
 test-torch: .venv-torch/installed  ## run the tests on the Torch backend; not a part of `make test`
-	KERAS_BACKEND=torch .venv-torch/bin/python -m pytest -n 2 --dist loadfile
+	KERAS_BACKEND=torch .venv-torch/bin/python -m pytest $(PARALLEL)
 
 # With a CPU build of torch, where pip finds one of that version, see CONTRIBUTING.md.
 .venv-torch/installed: setup.cfg pyproject.toml constraints.txt constraints-torch.txt

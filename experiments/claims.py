@@ -10,6 +10,8 @@ seed by seed. Its t interval decides: *reproduced* where it lies above 0, *refut
 import collections
 import dataclasses
 import functools
+import math
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -81,6 +83,11 @@ def verdicts(claim, rows):
     return made
 
 
+def constant(arm):
+    """Returns the magnitude that an arm holds; none is 0, and what holds none is infinite."""
+    return 0.0 if arm == "none" else float(arm[2:]) if re.fullmatch(r"M=[\d.]+", arm) else math.inf
+
+
 def optimal(test):
     return max(test, key=lambda m: (test[m], -m))
 
@@ -93,13 +100,7 @@ def falls(chosen):
     """Returns the part that says that a seed's optimal or maximal magnitude is smaller at .97 than at 0."""
 
     def at(ratio, cells):
-        return chosen(
-            {
-                0.0 if arm == "none" else float(arm.removeprefix("M=")): row["test_last"]  # none is the least
-                for (arm, p), row in cells.items()
-                if p == ratio
-            }
-        )
+        return chosen({constant(arm): row["test_last"] for (arm, p), row in cells.items() if p == ratio})
 
     return lambda rows: {"": lambda cells: at(0.0, cells) - at(0.97, cells)}
 

@@ -30,7 +30,6 @@ SMOKE = {"sparsities": (0.0, 0.6), "decayed": (14, 4)}
 
 FLAGS = absl_flags.FLAGS
 absl_flags.adopt_module_key_flags(flags)
-absl_flags.DEFINE_string("export", None, "Folder for the most pruned linked network (first seed), as a SavedModel.")
 
 
 def network(run):
@@ -89,7 +88,7 @@ def main(_):
     if not FLAGS.smoke:
         for name, value in (SETTINGS | SETTINGS_OF.get(FLAGS.dataset, {})).items():
             FLAGS.set_default(name, value)
-    study = flags.Study("demo", takes=("sparsities", "decayed"), carrier="wrapper")
+    study = flags.Study("demo", takes=("sparsities", "decayed", "export"), carrier="wrapper")
     runs = plan(study)
     rows = study.carry_out(runs, outcome)
     plot.show("demo", rows, study.out)

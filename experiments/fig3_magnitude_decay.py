@@ -34,11 +34,6 @@ SMOKE = {"constant": (None,), "sparsities": (0.0, 0.6), "decayed": (14, 4)}
 
 FLAGS = absl_flags.FLAGS
 absl_flags.adopt_module_key_flags(flags)
-absl_flags.DEFINE_string(
-    "export",
-    None,
-    "Folder for the most pruned network of the last arm (first seed), as a SavedModel. Default: none.",
-)
 
 
 def network(run):
@@ -110,7 +105,9 @@ def plan(study):
 
 
 def main(_):
-    study = flags.Study("fig3", takes=("sparsities", "magnitudes", "decayed", "arms", "step"), carrier="wrapper")
+    study = flags.Study(
+        "fig3", takes=("sparsities", "magnitudes", "decayed", "arms", "step", "export"), carrier="wrapper"
+    )
     runs = plan(study)
     plot.show("fig3", study.carry_out(runs, outcome), study.out)
     if FLAGS.export and pathlib.Path(FLAGS.export).exists():

@@ -24,7 +24,7 @@ RECIPES = {  # stages of 200 epochs, batch 128, SGD at 0.1: the paper authors' s
 }
 SMOKE = {"model": "resnet8w4", "epochs": 2, "batch_size": 32, "train_images": 64}
 SOME = ("sparsities", "magnitudes", "decayed", "strong", "weak", "teacher", "teacher_epochs", "teacher_magnitude")
-SOME += ("arms", "step", "augment_in")
+SOME += ("arms", "step", "export", "augment_in")
 OF_FILES = ("skip_damaged", "augment_in", "crop_area")
 
 FLAGS = flags.FLAGS
@@ -198,6 +198,14 @@ flags.DEFINE_integer(
     "teacher_epochs", None, "Epochs for which a teacher is trained. Default: as many as --epochs.", lower_bound=1
 )
 flags.DEFINE_float("teacher_magnitude", 14, "Magnitude at which a teacher is trained.", lower_bound=0, upper_bound=30)
+
+
+flags.DEFINE_string(
+    "export",
+    None,
+    "Figure 3 and the demo: folder for the most pruned network whose magnitude follows (first seed), as a SavedModel. "
+    "Default: none.",
+)
 
 
 class Study:

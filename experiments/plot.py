@@ -68,10 +68,13 @@ def title(rows):
 
 
 def statistics(rows, accuracy):
-    """Returns `{arm: {sparsity: (mean, standard deviation, n)}}` of an accuracy in percent, in the rows' order."""
+    """Returns `{arm: {sparsity: (mean, standard deviation, n)}}` of an accuracy in percent.
+
+    None and the constant magnitudes come first, by size; the other arms in the rows' order.
+    """
     table = collections.defaultdict(lambda: collections.defaultdict(list))
     magnitudes = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: claims.constant(row["arm"])):
         cell = row["arm"], row["sparsity"]
         if magnitudes.setdefault(cell, row.get("magnitude")) != row.get("magnitude"):
             raise ValueError(
@@ -131,19 +134,20 @@ def columns(axes, arms):
 
 def curves(axes, arms):
     """Draws accuracy over the magnitude, a line a ratio, and what `kc.search_magnitude` finds in it."""
-    places = {arm: -2 if arm == "none" else float(arm.removeprefix("M=")) for arm in arms}
+    places = {arm: claims.constant(arm) or -2 for arm in arms}
     for p in sorted({p for cells in arms.values() for p in cells}):
         cells = {arm: cells[p] for arm, cells in arms.items() if p in cells}
         points(axes, f"p = {p:g}", [places[arm] for arm in cells], cells.values())
         mean = {None if arm == "none" else places[arm]: cell[0] for arm, cell in cells.items()}
         if None in mean and len(mean) > 1:
             found = kc.search_magnitude(mean.get, [m for m in mean if m is not None], verbose=0)
+            best = None if found.maximal is None else found.optimal  # no magnitude is as good as none
             print(f"p = {p:g}: optimal magnitude {found.optimal}, maximal {found.maximal}")
-            for magnitude, marker in ((found.optimal, "*"), (found.maximal, "|")):
-                if magnitude is not None:
-                    axes.plot(magnitude, mean[magnitude], marker, markersize=16, color=axes.lines[-1].get_color())
+            for magnitude, marker, face in ((best, "*", None), (found.maximal or best, "o", "none")):
+                x, colour = -2 if magnitude is None else magnitude, axes.lines[-1].get_color()
+                axes.plot(x, mean[magnitude], marker, markersize=16, markerfacecolor=face or colour, color=colour)
     axes.set_xticks(list(places.values()), [arm.removeprefix("M=") for arm in places])
-    axes.set_xlabel("magnitude M (star: optimal, bar: maximal)")
+    axes.set_xlabel("magnitude M (star: optimal, ring: maximal)")
 
 
 FIGURES = {"fig1": curves, "fig2": curves, "fig3": lines, "fig4": lines, "fig6": columns, "fig7": columns}

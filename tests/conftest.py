@@ -9,11 +9,20 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
+LONG = (
+    "test_keras_hub",
+    "test_teacher_filter",
+    "test_adaptive_experiments",
+    "test_readme",
+    "test_trajectory",
+    "test_demo",
+)
 EXACT = ("test_image_ops", "test_augment")  # what they claim to the bit must hold as a user's program is compiled
 
 
 def pytest_collection_modifyitems(items):
     on_tensorflow = keras.backend.backend() == "tensorflow"
+    items.sort(key=lambda item: item.path.stem not in LONG)  # first, so that two processes end together
     for item in items:
         if item.get_closest_marker("tensorflow_only") and not on_tensorflow:
             item.add_marker(pytest.mark.skip(reason=f"needs the TensorFlow backend; this is {keras.backend.backend()}"))

@@ -17,6 +17,7 @@ def small(monkeypatch):
     monkeypatch.setattr(training, "build_model", one_layer)
 
 
+@pytest.mark.once
 def test_every_arm_leaves_a_row_with_its_set_point_and_its_magnitudes(tmp_path, small, smoke_run, capsys):
     arms = "trivial,line,accuracy=0.05,gap=-0.9,held-accuracy,held-gap,entropy,entropy-image"
     rows = smoke_run(study, tmp_path, arms=arms, sparsities="0.6", magnitudes="none,9", step=1.5)
@@ -36,6 +37,7 @@ def test_every_arm_leaves_a_row_with_its_set_point_and_its_magnitudes(tmp_path, 
     assert (tmp_path / "rows_magnitudes.png").exists()
 
 
+@pytest.mark.once
 def test_a_distilled_student_finds_its_magnitude_too(tmp_path, small, smoke_run):
     arms = {"arms": "gap=-0.9,trivial", "sparsities": "0", "magnitudes": "none", "teacher": "resnet8w8"}
     rows = smoke_run(study, tmp_path, **arms)

@@ -428,7 +428,12 @@ def test_every_flag_of_the_script_and_of_all_scripts_is_explained(figure):
     shown = {flag.name: flag.help for flag in absl_flags.FLAGS.get_key_flags_for_module(figure)}
     assert {"dataset", "data_dir", "epochs", "seeds", "results", "checkpoints", "smoke", "workers"} <= shown.keys()
     assert all(len(explanation) > 20 for explanation in shown.values())
-    assert ("export" in shown) == (figure is fig3)
+
+
+@pytest.mark.once
+def test_a_flag_that_a_figure_has_no_use_for_is_refused(tmp_path, smoke_run):
+    with pytest.raises(ValueError, match="--export is no flag of fig1"):
+        smoke_run(fig1, tmp_path, export=tmp_path / "net")
 
 
 @pytest.mark.once

@@ -294,6 +294,7 @@ def test_one_threshold_prunes_depthwise_and_pointwise_kernels(network):
         ((None, None, 4), [(shuffle_unit, 1)]),
     ],
 )
+@pytest.mark.once
 def test_the_blocks_run_in_litert(input_shape, blocks, tmp_path):
     x = pixels = keras.Input(input_shape, name="images")
     for block, stride in blocks:

@@ -39,6 +39,7 @@ def smoke(tmp_path_factory, smoke_run):
     return folder, rows
 
 
+@pytest.mark.once
 def test_smoke_leaves_rows_and_two_pictures(smoke):
     folder, rows = smoke
     assert [(row["arm"], row["teacher"], row["magnitude"]) for row in rows] == [
