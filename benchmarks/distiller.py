@@ -1,7 +1,7 @@
 """What a step of the Distiller costs, beside the arithmetic that it cannot do without, measured in the same run.
 
     python benchmarks/distiller.py                         # ResNet-110 to ResNet-20, 32x32, batch 128, 4 candidates
-    KERAS_BACKEND=jax python benchmarks/distiller.py
+    KERAS_BACKEND=jax python benchmarks/distiller.py       # or torch
 
 The floor of a step with n candidates: n times the inference pass of teacher and student, and one training step of the
 student. Augmenting, choosing and picking come on top in a Distiller's step. All parts take turns in one process,
@@ -32,6 +32,11 @@ def inference(model, images):
         model.trainable = False
         variables, batch = [v.value for v in model.non_trainable_variables], jax.numpy.asarray(images)
         return lambda: run(variables, batch).block_until_ready()
+    if keras.backend.backend() == "torch":
+        import torch
+
+        batch = keras.ops.convert_to_tensor(images)
+        return torch.no_grad()(lambda: model(batch, training=False).cpu())
     import tensorflow as tf
 
     run, batch = tf.function(lambda images: model(images, training=False)), tf.constant(images)
@@ -124,7 +129,7 @@ def main():
         n * (teacher + student) + training,
         n * teacher + training,
     ]
-    device = keras.distribution.list_devices()[0]
+    device = keras.ops.zeros(()).device
     print(f"\nResNet-{args.teacher} to ResNet-{args.student}, batch {args.batch}, {keras.backend.backend()}, {device}")
     print(f"| part | {args.clock} ms (least, most) | floor, ms | over the floor | peak memory, MiB |")
     print("|---|---|---|---|---|")

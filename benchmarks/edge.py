@@ -1,13 +1,16 @@
 """What a network gains on a device: size, multiplications, latency and accuracy of each way to compress it.
 
-    python benchmarks/edge.py --data_dir DIR      # TensorFlow backend; DIR holds cifar-10-batches-py/
-    python benchmarks/edge.py --data_dir DIR --smoke
+    python benchmarks/edge.py --data_dir DIR --stage train    # TensorFlow backend; DIR holds cifar-10-batches-py/
+    python benchmarks/edge.py --data_dir DIR --stage time     # leave the machine alone meanwhile
 
 Two networks, MobileNetV2 (width 0.5, 96x96) and one of dense layers (32x32 pixels), are trained for --epochs on real
 CIFAR-10 images. Each arm goes on from there for as many epochs, compressed in its way, and is exported to LiteRT; so
-all have seen the same number of epochs. Accuracy is that of the exported file. Latency is measured at the end, one
-thread, batch 1, all files of a network taking turns: leave the machine alone meanwhile. Needs `pip install
+all have seen the same number of epochs, and an int8 file has the weights of its float32 one. Accuracy is that of the
+exported file. Latency: one thread, batch 1, all files of a network taking turns. Needs `pip install
 kerascompress[litert]`. Prints tables, writes the same as JSON and as a chart.
+
+`train` takes some 20 minutes of processor time, on a busy machine too; networks and files are kept in the folder --out
+and not made again. `time` takes half a minute. `--smoke` does both in one or two minutes.
 """
 
 import argparse
@@ -15,8 +18,6 @@ import json
 import os
 import pathlib
 import pickle
-import tempfile
-import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -61,27 +62,29 @@ def dense_network(size):
     return keras.Sequential([*pixels, keras.layers.Flatten(), *hidden, keras.layers.Dense(10)], name="dense_network")
 
 
-# --- arms: the trained network -> a network to train on, and the settings of its pruning and export ---
+NETWORKS = ((mobilenet, 96), (dense_network, 32))
+
+# --- arms: the trained network -> a network to train on, the settings of its pruning, its exported files ---
 
 
 def arms(network):
-    """Yields name, network, sparsity and rule of `PruningOptimizer` or None, quantisation."""
+    """Yields name, network, sparsity and rule of `PruningOptimizer` or None, and files: {name: quantisation}."""
     half, quarter = (kc.prune_channels(network, sparsity, round_to=8) for sparsity in (0.5, 0.75))
     kernels = [kc.summary(each) for each in (half, network)]
     left, whole = (sum(kernel["weights"] for kernel in each.kernels) for each in kernels)
     same = 1 - left / whole  # as few weights that are not zero
-    yield "dense", network, None, None
-    yield "unstructured .8", network, (0.8, {"scope": "global"}), None
-    yield f"unstructured {same:.3f}".replace("0.", "."), network, (same, {"scope": "global"}), None
+    yield "dense", network, None, {"dense": None, "int8": "int8"}
+    for sparsity in (0.8, same):
+        name = f"unstructured {sparsity:.3g}".replace("0.", ".")
+        yield name, network, (sparsity, {"scope": "global"}), {name: None}
     if all(len(kernel["shape"]) == 2 for kernel in kernels[0].kernels):
-        yield "(4, 1) blocks .9", network, (0.9, {"block_size": (4, 1)}), None
-    yield "channels .5", half, None, None
-    yield "channels .75", quarter, None, None
-    yield "int8", network, None, "int8"
-    yield "channels .5, int8", half, None, "int8"
+        yield "blocks", network, (0.9, {"block_size": (4, 1)}), {"(4, 1) blocks .9": None}
+    yield "channels .5", half, None, {"channels .5": None, "channels .5, int8": "int8"}
+    yield "channels .75", quarter, None, {"channels .75": None}
 
 
 def train(network, images, labels, epochs, pruning=None):
+    keras.utils.set_random_seed(0)
     steps = epochs * -(-len(images) // BATCH)
     optimizer = keras.optimizers.SGD(keras.optimizers.schedules.CosineDecay(0.02, steps), momentum=0.9, nesterov=True)
     if pruning:
@@ -105,24 +108,52 @@ def accuracy(file, images, labels):
     return float(np.mean(np.concatenate(right)))
 
 
-def compare(build, size, options, folder):
-    """One row for each arm of a network."""
+def kept(file, make):
+    """The network in a file; where there is none yet, it is made first."""
+    if not file.exists():
+        partial = file.with_name("partial.keras")
+        make().save(partial)
+        partial.replace(file)
+    return keras.models.load_model(file, compile=False)
+
+
+def train_arms(build, size, options, folder):
+    """Leaves the files of a network and their rows, `<network>.json`, in a folder, but for those that are there."""
     images, labels = load(options.data_dir, "train", options.images)
     test, answers = load(options.data_dir, "test", options.test_images)
     images, test = enlarged(images, size), enlarged(test, size)
-    network = build(size)
-    train(network, images, labels, options.epochs)
-    rows, files = [], {}
-    for name, small, pruning, quantize in arms(network):
-        start, small = time.time(), kc.strip_pruning(small)  # a copy
-        train(small, images, labels, options.epochs, pruning)
-        files[name] = folder / f"{build.__name__} {name}.tflite"
-        report = kc.export_litert(small, files[name], images=images[:200], quantize=quantize)
-        row = {"network": build.__name__, "arm": name, "accuracy": accuracy(files[name], test, answers)}
-        row |= {key: getattr(report, key) for key in ("parameters", "nonzeros", "macs", "raw_bytes", "gzip_bytes")}
-        rows.append(row | {"agreement": report.agreement, "seconds": round(time.time() - start)})
-        print(f"{build.__name__}, {name}: {row['accuracy']:.1%} after {rows[-1]['seconds']} s", flush=True)
-    times = litert.latency(files, {"images": test[:1]}, options.runs)
+    listed = folder / f"{build.__name__}.json"
+    rows = json.loads(listed.read_text()) if listed.exists() else []
+
+    def after_training(network, pruning=None):
+        train(network, images, labels, options.epochs, pruning)
+        return network
+
+    dense = kept(folder / f"{build.__name__}.keras", lambda: after_training(build(size)))
+    for name, start, pruning, files in arms(dense):
+        file = folder / f"{build.__name__} {name}.keras"
+        small = kept(file, lambda start=start, pruning=pruning: after_training(kc.strip_pruning(start), pruning))
+        for arm, quantize in files.items():
+            if any(row["arm"] == arm for row in rows):
+                continue
+            exported = folder / f"{build.__name__} {arm}.tflite"
+            report = kc.export_litert(small, exported, images=images[:200], quantize=quantize)
+            row = {"network": build.__name__, "arm": arm, "accuracy": accuracy(exported, test, answers)}
+            row |= {key: getattr(report, key) for key in ("parameters", "nonzeros", "macs", "raw_bytes", "gzip_bytes")}
+            rows.append(row | {"agreement": report.agreement})
+            listed.write_text(json.dumps(rows, indent=1) + "\n")
+            print(f"{build.__name__}, {arm}: {row['accuracy']:.1%}", flush=True)
+
+
+def timed(build, size, options, folder):
+    """The rows of a network with the latency of their files."""
+    listed = folder / f"{build.__name__}.json"
+    if not listed.exists():
+        raise FileNotFoundError(f"There is no {listed}. Run with --stage train and the same settings first.")
+    rows = json.loads(listed.read_text())
+    image = enlarged(load(options.data_dir, "test", 1)[0], size)
+    files = {row["arm"]: folder / f"{build.__name__} {row['arm']}.tflite" for row in rows}
+    times = litert.latency(files, {"images": image}, options.runs)
     return [row | times[row["arm"]] for row in rows]
 
 
@@ -168,17 +199,24 @@ def main():
     parser.add_argument("--test_images", type=int, default=2000)
     parser.add_argument("--epochs", type=int, default=8, help="before compressing, and again after it")
     parser.add_argument("--runs", type=int, default=200, help="timed runs of each file")
+    parser.add_argument("--stage", choices=["train", "time", "all"], default="all")
     parser.add_argument("--out", default=str(pathlib.Path(__file__).with_suffix("")), help="path without its ending")
-    parser.add_argument("--smoke", action="store_true", help="a minute, to see that it runs")
+    parser.add_argument("--smoke", action="store_true", help="a minute or two, to see that it runs")
     options = parser.parse_args()
     if options.smoke:
         options.images, options.test_images, options.epochs, options.runs = 256, 128, 1, 50
-    keras.utils.set_random_seed(0)
-    by_network = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for build, size in ((mobilenet, 96), (dense_network, 32)):
-            by_network[build.__name__] = compare(build, size, options, pathlib.Path(folder))
-            print(f"\n{build.__name__}\n\n{table(by_network[build.__name__])}\n", flush=True)
+    folder = (
+        pathlib.Path(options.out) / f"{options.images} images, {options.test_images} tested, {options.epochs} epochs"
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    if options.stage != "time":
+        for build, size in NETWORKS:
+            train_arms(build, size, options, folder)
+    if options.stage == "train":
+        return
+    by_network = {build.__name__: timed(build, size, options, folder) for build, size in NETWORKS}
+    for name, rows in by_network.items():
+        print(f"\n{name}\n\n{table(rows)}\n", flush=True)
     results = {"options": vars(options), "keras": keras.__version__, "cores": os.cpu_count(), "networks": by_network}
     pathlib.Path(f"{options.out}.json").write_text(json.dumps(results, indent=1) + "\n")
     chart(by_network, f"{options.out}.png")

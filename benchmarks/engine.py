@@ -24,7 +24,7 @@ import numpy as np
 
 from experiments import data as datasets
 from experiments import training  # first: it sets the threads
-from experiments.runs import Run, on_gpu
+from experiments.runs import Run, device, on_gpu
 
 
 def noise(dataset, data_dir=None, *, train_images=None, eval_images=None, image_size=None):
@@ -47,7 +47,7 @@ def bare(run):
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
         jit_compile="auto" if keras.backend.backend() != "tensorflow" or on_gpu() else False,
-        steps_per_execution=steps,
+        steps_per_execution=1 if keras.backend.backend() == "torch" else steps,
     )
     model.fit(*data.train, batch_size=run.batch_size, epochs=run.epochs, verbose=0)
 
@@ -80,8 +80,8 @@ def main():
                 start = clock()
                 arm(run)
                 measured.append(clock() - start)
-    backend, device = keras.backend.backend(), keras.distribution.list_devices()[0]
-    print(f"\nResNet-8, 1,000 images of 16x16, batch 125, {args.epochs} epochs, {backend}, {device}, {args.clock}")
+    backend = keras.backend.backend()
+    print(f"\nResNet-8, 1,000 images of 16x16, batch 125, {args.epochs} epochs, {backend}, {device()}, {args.clock}")
     print("| arm | first, s | later, s (least, most) | later / bare |\n|---|---|---|---|")
     floor = statistics.median(seconds[bare])
     for arm, (first, *later) in seconds.items():

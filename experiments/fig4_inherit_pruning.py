@@ -18,6 +18,9 @@ Every stage begins at the full learning rate. Baseline-A has one stage more than
 twice: so, and with its last two stages half as long, which gives all arms the same number of epochs. The network that
 is pruned is each arm's own: trained at the strong magnitude (inherit, scratch), without RandAugment (Baseline-A), or at
 the weak magnitude of the ratio (Baseline-B). Pruning is one shot, by one L1 threshold for all kernels, and final.
+
+Two arms are not in the paper and take part where they are named, `--arms=inherit-channels,baseline-b-channels`: whole
+channels are removed, so many that about the fraction p of the weights is gone.
 """
 
 import dataclasses
@@ -45,7 +48,10 @@ ARMS = {  # scheme, and the length of each stage in units of --epochs
     "baseline-b": (kc.baseline_b, (1, 1)),
     "scratch, weak": (kc.inherit, (1, 1)),  # as "inherit", but the pruned network forgets its weights
     "scratch, strong": (kc.inherit, (1, 1)),
+    "inherit-channels": (kc.inherit, (1, 1)),
+    "baseline-b-channels": (kc.baseline_b, (1, 1)),
 }
+PAPERS = tuple(arm for arm in ARMS if not arm.endswith("channels"))
 SMOKE = {"arms": ("inherit", "baseline-a, equal epochs"), "sparsities": (0.4,)}
 
 FLAGS = absl_flags.FLAGS
@@ -78,12 +84,17 @@ def outcome(run):
     def prune(dense):
         return kc.prune_now(dense, run.sparsity, scope="global")
 
+    def prune_channels(dense):  # a kernel loses inputs and outputs alike
+        return kc.prune_channels(dense, 1 - (1 - run.sparsity) ** 0.5)
+
     def to_scratch(dense):
         seed = training.layer_seeds(run, 4)[-1]  # other initial weights than any run has
         return forget(prune(dense), training.build_model(run, seed))
 
     if run.arm.startswith("scratch"):
         shrink = stages.then(f"scratch={run.sparsity}", to_scratch)
+    elif run.arm.endswith("channels"):
+        shrink = stages.then(f"channels={run.sparsity}", prune_channels)
     else:
         shrink = stages.then(f"prune={run.sparsity}", prune)
     return stages.outcome(scheme(training.build_model(run), shrink=shrink, fit=stages.fit))
@@ -98,7 +109,7 @@ def after_its_dense_network(run):
 
 
 def main(_):
-    study = flags.Study("fig4", takes=("augment_in", "sparsities", "strong", "weak"))
+    study = flags.Study("fig4", takes=("arms", "augment_in", "sparsities", "strong", "weak"))
     if study.epochs % 2:
         raise ValueError(f"`epochs` must be even: one arm halves them. Received: epochs={study.epochs}.")
     sparsities = flags.sparsities(SMOKE["sparsities"] if FLAGS.smoke else WEAK)
@@ -108,7 +119,7 @@ def main(_):
         study.run(arm=arm, sparsity=p, magnitude=strong if arm == "scratch, strong" else m, strong=strong, seed=seed)
         for seed in study.seeds
         for p, m in zip(sparsities, weak, strict=True)
-        for arm in (SMOKE["arms"] if FLAGS.smoke else ARMS)
+        for arm in flags.arms(ARMS, SMOKE["arms"] if FLAGS.smoke else PAPERS)
     ]
     plot.show("fig4", study.carry_out([after_its_dense_network(run) for run in runs], outcome), study.out)
 

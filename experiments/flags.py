@@ -165,9 +165,10 @@ flags.DEFINE_list(
 flags.DEFINE_list(
     "arms",
     None,
-    "Arms, separated by commas. Figure 3: constant, decayed, adaptive; default: the first two. The adaptive study, "
-    "beside the constant magnitudes: trivial, line, accuracy=<set-point>, gap=<set-point>, held-accuracy, held-gap, "
-    "entropy, entropy-image; default: all, with set-points of 0.6 and 0.15.",
+    "Arms, separated by commas. Figure 3: constant, decayed, adaptive; default: the first two. Figure 4: those of its "
+    "script; default: the paper's. The adaptive study, beside the constant magnitudes: trivial, line, "
+    "accuracy=<set-point>, gap=<set-point>, held-accuracy, held-gap, entropy, entropy-image; default: all, with "
+    "set-points of 0.6 and 0.15.",
 )
 flags.DEFINE_float(
     "step", None, "How far an adaptive magnitude moves in an epoch. Default: 0.5.", lower_bound=0.001, upper_bound=30

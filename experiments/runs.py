@@ -162,7 +162,7 @@ def provenance():
         "keras": keras.__version__,
         "backend": keras.backend.backend(),
     }
-    for package in ("tensorflow", "jax", "numpy"):
+    for package in ("tensorflow", "jax", "torch", "numpy"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

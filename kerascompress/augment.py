@@ -103,7 +103,8 @@ class _Augmentation(keras.layers.Layer):
         self.value_range = (value_range[0], value_range[1])
         self.fill_value = fill_value
         self.seed = seed
-        self.seed_generator = keras.random.SeedGenerator(seed)
+        bits = {"torch": 31, "jax": 32}.get(keras.backend.backend())  # of a seed; Keras fails on others
+        self.seed_generator = keras.random.SeedGenerator(seed % 2**bits if bits and isinstance(seed, int) else seed)
 
     def __call__(self, images, *args, **kwargs):
         symbolic = type(images).__module__.startswith("tensorflow") and not hasattr(images, "numpy")
@@ -123,6 +124,8 @@ class _Augmentation(keras.layers.Layer):
                 f"{type(self).__name__} needs images of shape (batch, height, width, channels) or "
                 f"(height, width, channels), with 1 or 3 channels. Received: images of shape {tuple(images.shape)}."
             )
+        if 0 in images.shape:
+            return images
         batch = images if len(images.shape) == 4 else images[None]
         output = augment_batch(batch, rounds.on_scale(batch, self.value_range, type(self).__name__))
         return output if len(images.shape) == 4 else output[0]

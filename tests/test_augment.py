@@ -50,6 +50,19 @@ def test_a_seed_reproduces_and_another_seed_does_not():
     assert not np.array_equal(first, augmented(RandAugment(magnitude=(4, 30), seed=4), images))
 
 
+@pytest.mark.parametrize("seed", [2**31, 2**32 - 1, 2**40, -1])
+def test_a_seed_of_any_size_reproduces(seed):
+    images = np.arange(8 * 12 * 12 * 3, dtype="uint8").reshape(8, 12, 12, 3)
+    first, again = (ops.convert_to_numpy(RandAugment(seed=seed)(images, training=True)) for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_no_images_are_no_images(dtype):
+    for layer in (RandAugment(seed=0), RandomCrop(seed=0)):
+        assert tuple(layer(np.zeros((0, 8, 8, 3), dtype), training=True).shape) == (0, 8, 8, 3)
+
+
 def test_consecutive_calls_draw_anew():
     images, layer = batch_of(48), RandAugment(magnitude=14, seed=3)
     assert not np.array_equal(augmented(layer, images), augmented(layer, images))

@@ -48,7 +48,7 @@ def one_layer(run, seed=None):
 
 def test_figure_4_trains_each_stage_once_for_all_arms_and_ratios(tmp_path, trained, monkeypatch, smoke_run):
     monkeypatch.setattr(training, "build_model", one_layer)
-    monkeypatch.setitem(fig4.SMOKE, "arms", tuple(fig4.ARMS))
+    monkeypatch.setitem(fig4.SMOKE, "arms", fig4.PAPERS)
     rows = smoke_run(fig4, tmp_path, sparsities="0.4,0.8")
     dense = ["M=14x2", "M=nonex2", "M=8x2", "M=1x2"]
     retrained = [
@@ -84,6 +84,17 @@ def test_figure_4_trains_each_stage_once_for_all_arms_and_ratios(tmp_path, train
     smoke_run(fig4, tmp_path, sparsities="0.4", strong=20)  # other strong stages; of the arms, Baseline-B has none
     assert len(trained) == 8
     assert not [stages for stages in trained if "M=14" in stages]
+
+
+def test_a_network_without_its_channels_inherits_too_with_a_row_of_its_own(tmp_path, trained, smoke_run):
+    rows = smoke_run(fig4, tmp_path, arms="inherit-channels,baseline-b-channels", sparsities="0.6")
+    assert [(row["arm"], row["sparsity"], row["stages"]) for row in rows] == [
+        ("inherit-channels", 0.6, ["M=14x2", "channels=0.6", "M=4x2"]),
+        ("baseline-b-channels", 0.6, ["M=4x2", "channels=0.6", "M=4x2"]),
+    ]
+    dense, small = 5_142, 2_027  # trainable parameters; 2, 5 and 10 filters are left of 4, 8 and 16
+    assert list(trained.values()) == [dense, small, dense, small]
+    assert [(row["parameters"], row["live_sparsity"]) for row in rows] == [(small, 0.0)] * 2
 
 
 def test_figure_6_charges_every_arm_for_the_same_number_of_epochs(tmp_path, trained, monkeypatch, smoke_run):
