@@ -17,6 +17,11 @@ LONG = (
     "test_trajectory",
     "test_demo",
 )
+IN_OTHERS = (
+    "test_experiments",
+    "test_inherit_experiments",
+    "test_teacher_filter",
+)  # processes, with the same last bits
 EXACT = ("test_image_ops", "test_augment")  # what they claim to the bit must hold as a user's program is compiled
 
 
@@ -53,7 +58,8 @@ def quick_compilation(request):
 
     Elsewhere JAX optimises less, and TensorFlow neither rewrites its graphs nor takes XLA unless a test says so.
     """
-    is_exact = request.module.__name__.split(".")[-1] in EXACT
+    name = request.module.__name__.split(".")[-1]
+    is_exact = name in EXACT
     with pytest.MonkeyPatch.context() as patch:
         if keras.backend.backend() == "jax":
             import jax
@@ -63,7 +69,7 @@ def quick_compilation(request):
         elif keras.backend.backend() == "tensorflow":
             import tensorflow as tf
 
-            tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": not is_exact})
+            tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": name not in EXACT + IN_OTHERS})
             if not is_exact:
                 patch.setattr(keras.Model, "_resolve_auto_jit_compile", lambda model: False)
         yield
