@@ -14,7 +14,7 @@ from multiprocessing import connection
 
 import tqdm
 
-from experiments import devices, training
+from experiments import devices, keeper
 from experiments.runs import append_row, provenance
 
 
@@ -74,7 +74,7 @@ def _stages_first(runs):
 
 
 def _is_done(run):
-    return (run.folder / training.DONE).exists()
+    return (run.folder / keeper.DONE).exists()
 
 
 def _row(outcome, run):
@@ -127,13 +127,13 @@ class _Loop(_Engine):
 
     def wait(self):
         (run,) = self.running
-        before, training.report = training.report, lambda epochs, note="": self.report(run, epochs, note)
+        before, keeper.report = keeper.report, lambda epochs, note="": self.report(run, epochs, note)
         try:
             answer = _row(self.outcome, run), None
         except Exception:
             answer = None, traceback.format_exc()
         finally:
-            training.report = before
+            keeper.report = before
         return [self.finish(run, *answer)]
 
     def close(self):
@@ -207,7 +207,7 @@ class _Pool(_Engine):
 def _serve(pipe, outcome):
     """What a process of the pool does: it carries out the runs that come through the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends the others
-    training.report = lambda epochs, note="": pipe.send(("epochs", epochs, note))
+    keeper.report = lambda epochs, note="": pipe.send(("epochs", epochs, note))
     with contextlib.suppress(EOFError, BrokenPipeError):  # the parent is gone
         while True:
             run = pipe.recv()

@@ -31,7 +31,7 @@ from absl import app
 from absl import flags as absl_flags
 
 import kerascompress as kc
-from experiments import flags, plot, training
+from experiments import flags, keeper, plot, training
 
 RANDOM = (0, 30)
 ARMS = {  # the magnitude, and how the Distiller selects
@@ -204,7 +204,7 @@ def main(_):
     plot.show("fig7", rows, study.out)
     print_costs(rows)
     shown = next(run for run in runs if run.arm == "teacher filter")
-    if (shown.folder / training.DONE).exists():
+    if (shown.folder / keeper.DONE).exists():
         draw_candidates(shown, study.out.with_stem(f"{study.out.stem}_candidates"))
 
 

@@ -5,30 +5,22 @@ Nothing here reads a flag; what is done depends on the run. Checkpoints are read
 
 import dataclasses
 import functools
-import json
 import logging
 import math
-import os
 import re
-import time
 
 import keras
 import numpy as np
 
 import kerascompress as kc
 from experiments import data as datasets
-from experiments import devices, folder
+from experiments import devices, folder, keeper
 from experiments.runs import locked, on_gpu
 
 logging.getLogger("tensorflow").setLevel("ERROR")  # it warns of every run that traces functions of its own
 
 EVALUATE = 500  # images of a batch without gradients
-SAVE_EVERY = 30.0  # seconds from one state on the disk to the next
 LARGE = {"stem": "imagenet", "weight_decay": 4e-5}  # of images above 64x64, as MobileNetV2 was published
-
-
-def report(epochs, note=""):
-    """Is told of every finished epoch; whoever shows progress puts another function here."""
 
 
 # What a run trains, and on what
@@ -203,11 +195,11 @@ def trained(run, net, *, schedule=None, moves=None, around=None, best_from=0, st
     Returns:
         The result: accuracies, seconds, and how many images there are.
     """
-    done = run.folder / DONE
+    done = run.folder / keeper.DONE
     run.folder.mkdir(parents=True, exist_ok=True)
     with locked(run.folder / "lock"):
         if done.exists():
-            result, weights = load_arrays(done, "weights")
+            result, weights = keeper.load_arrays(done, "weights")
             net.set_weights(weights)
             return result
         fitted, small, callbacks = _prepare(run, net, schedule, moves, around or classifier, stage)
@@ -217,8 +209,8 @@ def trained(run, net, *, schedule=None, moves=None, around=None, best_from=0, st
             _COMPILED.clear()  # on JAX, an epoch that breaks off leaves variables without values
             raise
         net.set_weights(small().get_weights())
-        save_arrays(done, result, weights=net.get_weights())
-        (run.folder / STATE).unlink(missing_ok=True)
+        keeper.save_arrays(done, result, weights=net.get_weights())
+        (run.folder / keeper.STATE).unlink(missing_ok=True)
         return result
 
 
@@ -292,38 +284,34 @@ def _compiled_before(alike, fitted, *parts):
         _COMPILED[alike] = fitted, *parts
     earlier, *_ = _COMPILED[alike]
     if earlier is not fitted:
-        assign(_state(earlier), numpy(_state(fitted)))
+        keeper.assign(keeper.state_of(earlier), keeper.numpy(keeper.state_of(fitted)))
     return _COMPILED[alike]
-
-
-def _state(fitted):
-    return [*fitted.variables, *fitted.optimizer.variables]
 
 
 def _fit(run, fitted, callbacks, best_from, stage):
     data = data_of(run)
-    keeper = _Keeper(run, fitted, best_from)
-    keeper.load()
+    kept = keeper.Keeper(run, fitted, best_from)
+    kept.load()
     looks = [epoch for epoch in range(1, run.epochs + 1) if epoch % run.evaluate_every == 0 or epoch == run.epochs]
-    if keeper.epochs < run.epochs:
+    if kept.epochs < run.epochs:
         with_places = getattr(fitted, "takes_places", False)
         if with_places and (data.in_files or devices.is_mirrored(run.devices)):
             raise ValueError(f"{run} needs its images in memory, and on TensorFlow one device.")
         in_files = data.in_files
-        images = _epochs_of_files(run, stage, keeper.epochs) if in_files else _Epochs(run, stage, with_places)
+        images = _epochs_of_files(run, stage, kept.epochs) if in_files else _Epochs(run, stage, with_places)
         fitted.fit(
             images,
             shuffle=False,
             steps_per_epoch=steps_per_epoch(run) if data.in_files else None,
-            initial_epoch=keeper.epochs,
+            initial_epoch=kept.epochs,
             epochs=run.epochs,
             validation_data=_in_order(data.validation, run.devices),
             validation_batch_size=None if data.in_files else EVALUATE // run.devices * run.devices,
             validation_freq=looks,
-            callbacks=[*callbacks, *([] if data.in_files else [images.follow]), keeper],
+            callbacks=[*callbacks, *([] if data.in_files else [images.follow]), kept],
             verbose=0,
         )
-    return keeper.result(data)
+    return kept.result(data, lambda split: accuracy(fitted, split, run.devices))
 
 
 def _epoch_seed(run, stage, epoch):
@@ -389,79 +377,6 @@ class _Epochs(keras.utils.PyDataset):
         return {"images": images, "places": index} if self.with_places else images, self.labels[index]
 
 
-class _Keeper(keras.callbacks.Callback):
-    """Keeps the state of a training, and the best of its states, in memory and now and then in a file."""
-
-    def __init__(self, run, fitted, best_from):
-        super().__init__()
-        self.run, self.best_from = run, best_from
-        self.fitted, self.variables = fitted, _state(fitted)
-        self.looks, self.best, self.epochs, self.seconds = [], [], 0, 0.0
-        self.of_epochs = {"train": [], "magnitudes": []}
-
-    def load(self):
-        """Takes up what a killed process left."""
-        path = self.run.folder / STATE
-        if path.exists():
-            history, state, self.best = load_arrays(path, "state", "best")
-            self.looks, self.epochs, self.seconds = history["looks"], history["epochs"], history["seconds"]
-            self.of_epochs = history.get("of_epochs", self.of_epochs)  # older states lack it
-            assign(self.variables, state)
-            report(self.epochs, str(self.run))
-        self.since = self.saved = time.monotonic()
-
-    def on_epoch_end(self, epoch, logs=None):
-        _ = self.model  # on JAX: brings the state back before it is read
-        self.epochs = epoch + 1
-        self.of_epochs["train"].append(round(float(logs["accuracy"]), 6))
-        self.of_epochs["magnitudes"].extend([round(float(logs["magnitude"]), 4)] if "magnitude" in logs else [])
-        if "val_accuracy" in logs:
-            self.looks.append([self.epochs, round(float(logs["val_accuracy"]), 6)])
-            if self.epochs > self.best_from and self.epochs == self.best_epoch:
-                self.best = numpy(self.variables)
-        now = time.monotonic()
-        self.seconds, self.since = self.seconds + now - self.since, now
-        if now - self.saved >= SAVE_EVERY and self.epochs < self.run.epochs:
-            self.save()
-            self.saved = now
-        report(1, f"{self.run}: {self.looks[-1][1]:.3f}" if self.looks else str(self.run))
-
-    def on_train_end(self, logs=None):
-        _ = self.model
-        self.save()  # evaluating on the test images takes its time, too
-
-    def save(self):
-        history = {"looks": self.looks, "epochs": self.epochs, "seconds": self.seconds, "of_epochs": self.of_epochs}
-        save_arrays(self.run.folder / STATE, history, state=numpy(self.variables), best=self.best)
-
-    @property
-    def best_epoch(self):
-        """The epoch, counted from 1, that is best on the validation images, the first of several."""
-        return max((look for look in self.looks if look[0] > self.best_from), key=lambda look: look[1])[0]
-
-    def result(self, data):
-        """Returns the accuracies of the best and of the last epoch, which is the one that stays in the variables."""
-        validation = dict(self.looks)
-        test = accuracy(self.fitted, data.test, self.run.devices)
-        test_best = test
-        if self.best_epoch < self.run.epochs:
-            last = numpy(self.variables)
-            assign(self.variables, self.best)
-            test_best = accuracy(self.fitted, data.test, self.run.devices)
-            assign(self.variables, last)
-        return {
-            "validation_last": validation[self.run.epochs],
-            "validation_best": validation[self.best_epoch],
-            "best_epoch": self.best_epoch,
-            "test_best": test_best,
-            "test_last": test,
-            "train_last": (self.of_epochs["train"] or [None])[-1],
-            **({"magnitudes": self.of_epochs["magnitudes"]} if self.of_epochs["magnitudes"] else {}),
-            "seconds": round(self.seconds, 1),
-            "images": {name: len(getattr(data, name)[1]) for name in ("train", "validation", "test")},
-        }
-
-
 def accuracy(model, split, count=1):
     given = _in_order(split, count)
     settings = {"verbose": 0, "return_dict": True}
@@ -474,7 +389,7 @@ def accuracy(model, split, count=1):
 
 def sizes(model):
     """Returns the trainable parameters of a model, how many are not zero, and its sparsity over prunable kernels."""
-    weights = numpy(model.trainable_variables)
+    weights = keeper.numpy(model.trainable_variables)
     return {
         "parameters": sum(w.size for w in weights),
         "nonzeros": int(sum(np.count_nonzero(w) for w in weights)),
@@ -527,42 +442,3 @@ class Course:
             | sizes(small)
             | {"total_epochs": sum(self.epochs), "stages": self.path}
         )
-
-
-# Checkpoints: one file, replaced in one step, so that a killed process leaves one state or the one before it.
-
-STATE, DONE = "state.npz", "done.npz"
-
-
-def save_arrays(path, meta, **groups):
-    """Writes JSON-able `meta` and groups of arrays; never a half-written file under the final name."""
-    arrays = {f"{name}/{i}": array for name, group in groups.items() for i, array in enumerate(group)}
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.savez(file, meta=json.dumps(meta), **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def load_arrays(path, *names):
-    """Returns `meta` and each named group."""
-    try:
-        with np.load(path) as file:
-            groups = [
-                [file[f"{name}/{i}"] for i in range(sum(key.startswith(f"{name}/") for key in file))] for name in names
-            ]
-            return json.loads(str(file["meta"])), *groups
-    except Exception as error:  # a damaged archive raises almost anything
-        raise ValueError(
-            f"The checkpoint {path} does not load ({type(error).__name__}: {error}). Delete it: its run starts again."
-        ) from error
-
-
-def assign(variables, values):
-    for variable, value in zip(variables, values, strict=True):
-        variable.assign(value)
-
-
-def numpy(variables):
-    return [keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(variable)) for variable in variables]

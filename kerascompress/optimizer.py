@@ -25,7 +25,8 @@ class PruningOptimizer(keras.optimizers.Optimizer):
     their mask is. So the model is exactly sparse after every step, whoever looks at it: evaluation, a checkpoint in the
     middle of an epoch, a regularizer. A masked weight gets its gradient, and one that the network needs comes back when
     masks are recomputed. All of it happens inside the compiled step: any `steps_per_execution`, gradient accumulation
-    (updates count, not batches), mixed precision, XLA, `tf.distribute` and `keras.distribution`.
+    (updates count, not batches), mixed precision, XLA, `keras.distribution`; under `tf.distribute` with one step in an
+    execution.
 
     Step 0 of the schedule is the moment before the first update, step n the moment after n updates, as with
     `UpdatePruningStep`. tfmot counts from 1: its `begin_step=4` is 3 here. If the schedule has an `end_step`, masks are

@@ -9,7 +9,7 @@ from test_experiments import one_layer, run_of
 
 from experiments import adaptive_magnitude as study
 from experiments import fig3_magnitude_decay as fig3
-from experiments import training
+from experiments import keeper, training
 
 
 @pytest.fixture
@@ -69,8 +69,8 @@ def test_a_killed_run_goes_on_with_its_magnitudes(tmp_path, monkeypatch):
 
     whole = outcome(tmp_path / "whole")
     assert whole["magnitudes"] == [0, 0.5, 1, 1.5]
-    monkeypatch.setattr(training, "SAVE_EVERY", 0)
-    save, saved = training.save_arrays, []
+    monkeypatch.setattr(keeper, "SAVE_EVERY", 0)
+    save, saved = keeper.save_arrays, []
 
     def save_twice(*args, **groups):
         if len(saved) == 2:
@@ -78,7 +78,7 @@ def test_a_killed_run_goes_on_with_its_magnitudes(tmp_path, monkeypatch):
         saved.append(save(*args, **groups))
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "save_arrays", save_twice)
+        patch.setattr(keeper, "save_arrays", save_twice)
         with pytest.raises(KeyboardInterrupt):
             outcome(tmp_path / "killed")
     assert outcome(tmp_path / "killed") == whole

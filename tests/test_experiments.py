@@ -17,7 +17,7 @@ from absl import flags as absl_flags
 from absl.testing import flagsaver
 
 import kerascompress as kc
-from experiments import engine, plot, runs, training
+from experiments import engine, keeper, plot, runs, training
 from experiments import fig1_magnitude_search as fig1
 from experiments import fig3_magnitude_decay as fig3
 
@@ -40,7 +40,7 @@ def weights_are_equal(folder, other):
     paths = [path.relative_to(folder) for path in folder.glob("checkpoints/*/done.npz")]
     for path in paths:
         for array, expected in zip(
-            *(training.load_arrays(each / path, "weights")[1] for each in (folder, other)), strict=True
+            *(keeper.load_arrays(each / path, "weights")[1] for each in (folder, other)), strict=True
         ):
             np.testing.assert_array_equal(array, expected)
     return bool(paths)
@@ -92,16 +92,16 @@ def test_second_call_has_nothing_to_do_and_prints_the_table(smoke, monkeypatch, 
 KILLED = """
 import os
 from absl import app
-from experiments import fig3_magnitude_decay as fig3, training
+from experiments import fig3_magnitude_decay as fig3, keeper
 
-save, saved = training.save_arrays, []
+save, saved = keeper.save_arrays, []
 
 def save_once(path, meta, **groups):
     if saved:
         os._exit(9)
     saved.append(save(path, meta, **groups))
 
-training.save_arrays, training.SAVE_EVERY = save_once, 0
+keeper.save_arrays, keeper.SAVE_EVERY = save_once, 0
 app.run(fig3.main)
 """
 OPTIMIZE = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as conftest.py has it: other machine code rounds otherwise
@@ -192,7 +192,7 @@ def test_a_run_that_raises_or_is_killed_costs_what_needs_it_and_no_other(tmp_pat
 def test_stages_come_once_and_before_what_needs_them(tmp_path):
     stage, done = run_of(tmp_path, "stage"), run_of(tmp_path, "done")
     done.folder.mkdir(parents=True)
-    (done.folder / training.DONE).touch()
+    (done.folder / keeper.DONE).touch()
     wanted = [run_of(tmp_path, f"{i}", after=after) for i, after in enumerate([stage, done, stage])]
     assert [run.arm for run in engine._stages_first(wanted)] == ["stage", "0", "1", "2"]
 
@@ -250,7 +250,7 @@ def test_what_is_compiled_serves_the_next_run_and_changes_nothing(tmp_path):
 
 def test_the_best_epoch_is_one_that_was_looked_at_and_the_last_one_always_is(tmp_path, monkeypatch):
     looks = []
-    monkeypatch.setattr(training._Keeper, "result", lambda keeper, data: looks.extend(keeper.looks) or {})
+    monkeypatch.setattr(keeper.Keeper, "result", lambda kept, *_: looks.extend(kept.looks) or {})
     run = run_of(tmp_path, epochs=5, evaluate_every=2)
     training.trained(run, one_layer(run))
     assert [epoch for epoch, _ in looks] == [2, 4, 5]
@@ -350,7 +350,7 @@ def test_damaged_checkpoint_is_an_error_that_names_it(tmp_path):
     path = tmp_path / "state.npz"
     path.write_bytes(b"half a file")
     with pytest.raises(ValueError, match=r"state.npz does not load.*Delete it"):
-        training.load_arrays(path, "state")
+        keeper.load_arrays(path, "state")
 
 
 @pytest.mark.once

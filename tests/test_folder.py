@@ -14,7 +14,7 @@ from PIL import Image
 import kerascompress as kc
 from experiments import data as datasets
 from experiments import fig1_magnitude_search as fig1
-from experiments import folder, plot, training
+from experiments import folder, keeper, plot, training
 from experiments.runs import Run
 
 TAR = pathlib.Path(__file__).parents[2] / "shared" / "data" / "tiny_imagenet20.tar"
@@ -181,11 +181,11 @@ def test_a_run_goes_on_after_an_epoch_to_the_same_weights_bit_for_bit(
 
     run = run_of(images, tmp_path / "b", **settings)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "SAVE_EVERY", 0)
-        patch.setattr(training, "report", kill)
+        patch.setattr(keeper, "SAVE_EVERY", 0)
+        patch.setattr(keeper, "report", kill)
         with pytest.raises(Killed):
             weights(run)
-    assert (run.folder / training.STATE).exists()
+    assert (run.folder / keeper.STATE).exists()
     resumed, actual = weights(run)
     for one, other in zip(expected, actual, strict=True):
         np.testing.assert_array_equal(one, other)

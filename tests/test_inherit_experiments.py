@@ -14,7 +14,7 @@ from absl import flags
 import kerascompress as kc
 from experiments import fig4_inherit_pruning as fig4
 from experiments import fig6_inherit_layers as fig6
-from experiments import plot, training
+from experiments import keeper, plot, training
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -143,7 +143,7 @@ def retrained(tmp_path_factory, smoke_run):
 def weights_of(folder, stages):
     """The kernels that a stage left, flat, in the network's order."""
     (path,) = folder.glob(f"checkpoints/*,arm={stages},*/done.npz")
-    _, weights = training.load_arrays(path, "weights")
+    _, weights = keeper.load_arrays(path, "weights")
     return np.concatenate([w.ravel() for w in weights if w.ndim > 1 and w.dtype == "float32"])
 
 
@@ -164,18 +164,18 @@ KILLED = """
 import os
 import pytest
 from absl import app
-from experiments import fig4_inherit_pruning as fig4, training
+from experiments import fig4_inherit_pruning as fig4, keeper
 from tests import test_inherit_experiments
 
 test_inherit_experiments.only_retrained(pytest.MonkeyPatch())
-save, saved = training.save_arrays, []
+save, saved = keeper.save_arrays, []
 
 def save_once(path, meta, **groups):
     if saved:
         os._exit(9)
     saved.append(save(path, meta, **groups))
 
-training.save_arrays, training.SAVE_EVERY = save_once, 0
+keeper.save_arrays, keeper.SAVE_EVERY = save_once, 0
 app.run(fig4.main)
 """
 

@@ -7,7 +7,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from experiments import fig7_teacher_filter as fig7
-from experiments import training
+from experiments import keeper, training
 
 TEACHER = "resnet8w8x2 M=14 seed=10000"
 SECONDS = {"seconds": 0, "seconds_per_epoch": 0}
@@ -17,7 +17,7 @@ SECONDS = {"seconds": 0, "seconds_per_epoch": 0}
 def smoke(tmp_path_factory, smoke_run):
     """Folder and rows of a first call with --smoke that was killed within its second distillation, and called again."""
     folder = tmp_path_factory.mktemp("smoke")
-    save = training.save_arrays
+    save = keeper.save_arrays
 
     def save_and_die(path, meta, **groups):
         save(path, meta, **groups)
@@ -25,8 +25,8 @@ def smoke(tmp_path_factory, smoke_run):
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(training, "save_arrays", save_and_die)
-        monkeypatch.setattr(training, "SAVE_EVERY", 0)
+        monkeypatch.setattr(keeper, "save_arrays", save_and_die)
+        monkeypatch.setattr(keeper, "SAVE_EVERY", 0)
         with pytest.raises(KeyboardInterrupt):
             smoke_run(fig7, folder)
     keras.utils.clear_session()
@@ -60,8 +60,8 @@ def test_a_killed_distillation_goes_on_to_the_same_result_bit_for_bit(smoke, tmp
     (row,) = smoke_run(fig7, tmp_path)
     assert row | SECONDS == rows[1] | SECONDS
     (done,) = tmp_path.glob("checkpoints/*teacher filter*/done.npz")
-    _, weights = training.load_arrays(done, "weights")
-    _, expected = training.load_arrays(folder / done.relative_to(tmp_path), "weights")
+    _, weights = keeper.load_arrays(done, "weights")
+    _, expected = keeper.load_arrays(folder / done.relative_to(tmp_path), "weights")
     for array, expected_array in zip(weights, expected, strict=True):
         np.testing.assert_array_equal(array, expected_array)
 
