@@ -215,6 +215,7 @@ def test_our_networks_without_channels_of_zeros_compute_the_same(build, settings
     assert fraction_of_kernels(small, model) == pytest.approx(0.25, abs=0.06)  # images and logits keep their channels
 
 
+@pytest.mark.once
 def test_half_of_shufflenet_computes_the_same_as_if_the_other_half_were_zero(monkeypatch):
     model = models.shufflenet_v2(10, width=0.125, input_shape=(8, 8, 3))
     small = check_masked(model, monkeypatch)
@@ -450,6 +451,7 @@ def tiny():
 
 
 @pytest.mark.parametrize("build", [tiny, moved_channels])
+@pytest.mark.once
 def test_the_smaller_network_is_saved_pruned_further_and_exported(tmp_path, build):
     small = prune_channels(build(), 0.5)
     x = images(small)
@@ -467,6 +469,7 @@ def test_the_smaller_network_is_saved_pruned_further_and_exported(tmp_path, buil
         assert kc.export_litert(kc.prune_now(smaller, 0.5), tmp_path / "small.tflite").macs == report.macs
 
 
+@pytest.mark.once
 def test_the_smaller_network_learns_from_the_larger():
     dense = tiny()
     distiller = kc.Distiller(prune_channels(dense, 0.5), dense, augment=layers.Identity(), num_candidates=1)
