@@ -90,6 +90,7 @@ def torchvision(root):
     steps += [transforms.RandAugment(NUM_OPS, MAGNITUDE), transforms.PILToTensor()]
     dataset = torchvision.datasets.ImageFolder(pathlib.Path(root) / "train", transforms.Compose(steps))
     settings = {"shuffle": True, "num_workers": WORKERS, "drop_last": True, "persistent_workers": True}
+    settings["multiprocessing_context"] = "fork"  # with what `import_torchvision` has mended
     return batches_of(torch.utils.data.DataLoader(dataset, BATCH, **settings))
 
 
