@@ -1,6 +1,7 @@
 """Verdicts on the paper's claims, from rows."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from scipy import stats
 from experiments import claims, plot
 
 pytestmark = pytest.mark.once
+README = pathlib.Path(__file__).parents[1] / "README.md"
 
 
 def rows_of(arm, accuracies, sparsity=0.0, first_seed=0):
@@ -76,6 +78,12 @@ def test_the_tuned_magnitude_is_the_best_on_the_validation_images_of_the_seeds_t
     chosen = rows_of("M=4", [0.5] * 3, first_seed=100) + rows_of("M=9", [0.4] * 3, first_seed=100)
     (verdict,) = verdicts(rows, chosen, parts=claims.over_tuned)
     assert verdict.mean == pytest.approx(5)  # over M = 4, though M = 9 is better on the test images
+
+
+def test_readme_shows_the_table_that_the_rows_make():
+    table = claims.table()
+    assert "(3) |" in table  # Figure 2's, at least
+    assert table in README.read_text()
 
 
 def test_all_figures_and_the_table_are_made_of_rows_alone(tmp_path, monkeypatch, capsys):
