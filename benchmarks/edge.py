@@ -217,7 +217,9 @@ def main():
     by_network = {build.__name__: timed(build, size, options, folder) for build, size in NETWORKS}
     for name, rows in by_network.items():
         print(f"\n{name}\n\n{table(rows)}\n", flush=True)
-    results = {"options": vars(options), "keras": keras.__version__, "cores": os.cpu_count(), "networks": by_network}
+    names = ("images", "test_images", "epochs", "runs", "smoke")  # not where files lie
+    settings = {name: getattr(options, name) for name in names}
+    results = {"options": settings, "keras": keras.__version__, "cores": os.cpu_count(), "networks": by_network}
     pathlib.Path(f"{options.out}.json").write_text(json.dumps(results, indent=1) + "\n")
     chart(by_network, f"{options.out}.png")
 
