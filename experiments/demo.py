@@ -24,7 +24,6 @@ SETTINGS_OF = {  # overfitted by a dense network, which is what augmentation is 
     "cifar10": {"train_images": 1000, "model": "resnet8", "batch_size": 125, "epochs": 100, "image_size": 16},
 }
 SPARSITIES = (0.0, 0.6, 0.9)
-STRONG = 14
 LINKED = (14, 4, 0)  # better than (14, 6, 2) on the digits' validation images, seeds 100 to 105
 SMOKE = {"sparsities": (0.0, 0.6), "decayed": (14, 4)}
 
@@ -54,12 +53,7 @@ def outcome(run):
 def plan(study):
     """Returns the runs: at each ratio, without RandAugment, strong, and linked to the sparsity."""
     usual = SMOKE if FLAGS.smoke else {"sparsities": SPARSITIES, "decayed": LINKED}
-    sparsities = flags.sparsities(usual["sparsities"])
-    if sparsities[0] != 0 or sparsities != sorted(set(sparsities)):
-        raise ValueError(f"--sparsities must rise from 0, the dense network. Received: {FLAGS.sparsities}.")
-    linked = flags.magnitudes("decayed", usual["decayed"], len(sparsities))
-    if None in linked:
-        raise ValueError(f"--decayed must be numbers: none cannot be weakened to. Received: {FLAGS.decayed}.")
+    sparsities, linked = flags.decay(usual["sparsities"], usual["decayed"])
     points = [f"{p:g}:M={m:g}" for p, m in zip(sparsities, linked, strict=True)]
     runs = []
     for seed in study.seeds:

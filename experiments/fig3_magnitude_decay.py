@@ -67,12 +67,7 @@ def outcome(run):
 def plan(study):
     """Returns the runs of all arms, each after the one that it begins with."""
     usual = SMOKE if FLAGS.smoke else {"constant": CONSTANT, "sparsities": SPARSITIES, "decayed": DECAYED}
-    sparsities = flags.sparsities(usual["sparsities"])
-    if sparsities[0] != 0 or sparsities != sorted(set(sparsities)):
-        raise ValueError(f"--sparsities must rise from 0, the dense network. Received: {FLAGS.sparsities}.")
-    decayed = flags.magnitudes("decayed", usual["decayed"], len(sparsities))
-    if None in decayed:
-        raise ValueError(f"--decayed must be numbers: none cannot be weakened to. Received: {FLAGS.decayed}.")
+    sparsities, decayed = flags.decay(usual["sparsities"], usual["decayed"])
     constant = flags.magnitudes("magnitudes", usual["constant"])
     arms = {
         "constant": {flags.magnitude_name(m): [m] * len(sparsities) for m in constant},

@@ -293,5 +293,16 @@ def step():
     return 0.5 if FLAGS.step is None else FLAGS.step
 
 
+def decay(usual_sparsities, usual_magnitudes):
+    """Returns the pruning ratios, from 0 on, and the magnitude at each: of the flags, or the usual ones."""
+    ratios = sparsities(usual_sparsities)
+    if ratios[0] != 0 or ratios != sorted(set(ratios)):
+        raise ValueError(f"--sparsities must rise from 0, the dense network. Received: {FLAGS.sparsities}.")
+    decayed = magnitudes("decayed", usual_magnitudes, len(ratios))
+    if None in decayed:
+        raise ValueError(f"--decayed must be numbers: none cannot be weakened to. Received: {FLAGS.decayed}.")
+    return ratios, decayed
+
+
 def magnitude_name(magnitude):
     return "none" if magnitude is None else f"M={magnitude:g}"
