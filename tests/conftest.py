@@ -4,6 +4,10 @@ import experiments  # noqa: F401, I001 (first: it sets the threads, and with the
 import gc
 import os
 
+QUICK_XLA = "xla_cpu_use_fusion_emitters"  # without them XLA compiles in two thirds of the time
+if os.environ.get("KERAS_BACKEND") == "jax":  # before XLA reads it, and for the processes that tests start
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{QUICK_XLA}=false"
+
 import keras
 import pytest
 from absl import flags
@@ -31,8 +35,10 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("tensorflow_only") and not on_tensorflow:
             item.add_marker(pytest.mark.skip(reason=f"needs the TensorFlow backend; this is {keras.backend.backend()}"))
-        if item.get_closest_marker("once") and not on_tensorflow:
-            item.add_marker(pytest.mark.skip(reason="says the same on every backend; run on TensorFlow"))
+        if once := item.get_closest_marker("once"):
+            (where,) = once.args or ("tensorflow",)
+            if keras.backend.backend() != where:
+                item.add_marker(pytest.mark.skip(reason=f"says the same on every backend; run on {where}"))
         if item.get_closest_marker("compiled") and keras.backend.backend() == "torch":
             item.add_marker(
                 pytest.mark.skip(reason="needs a compiled step, or several in one; Keras has none on Torch")
@@ -43,6 +49,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_sessionstart(session):
     gc.freeze()  # what the imports have made stays: collecting would look at it again and again
+    gc.set_threshold(50_000, 20, 100)  # a tenth of the time, otherwise
     if keras.backend.backend() == "jax":  # what one test has compiled serves the next, in other processes too
         import jax
 
@@ -66,6 +73,11 @@ def quick_compilation(request):
 
             jax.config.update("jax_disable_most_optimizations", not is_exact)
             jax.clear_caches()
+            if is_exact:
+                from jax._src import compiler
+
+                made, asked = compiler.get_compile_options, {"env_options_overrides": {QUICK_XLA: True}}
+                patch.setattr(compiler, "get_compile_options", lambda *args, **kwargs: made(*args, **kwargs | asked))
         elif keras.backend.backend() == "tensorflow":
             import tensorflow as tf
 
@@ -74,6 +86,7 @@ def quick_compilation(request):
                 patch.setattr(keras.Model, "_resolve_auto_jit_compile", lambda model: False)
         yield
     gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -11,13 +11,14 @@ from experiments import adaptive_magnitude as study
 from experiments import fig3_magnitude_decay as fig3
 from experiments import keeper, training
 
+pytestmark = pytest.mark.once("jax")
+
 
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(training, "build_model", one_layer)
 
 
-@pytest.mark.once
 def test_every_arm_leaves_a_row_with_its_set_point_and_its_magnitudes(tmp_path, small, smoke_run, capsys):
     arms = "trivial,line,accuracy=0.05,gap=-0.9,held-accuracy,held-gap,entropy,entropy-image"
     rows = smoke_run(study, tmp_path, arms=arms, sparsities="0.6", magnitudes="none,9", step=1.5)
@@ -37,7 +38,6 @@ def test_every_arm_leaves_a_row_with_its_set_point_and_its_magnitudes(tmp_path, 
     assert (tmp_path / "rows_magnitudes.png").exists()
 
 
-@pytest.mark.once
 def test_a_distilled_student_finds_its_magnitude_too(tmp_path, small, smoke_run):
     arms = {"arms": "gap=-0.9,trivial", "sparsities": "0", "magnitudes": "none", "teacher": "resnet8w8"}
     rows = smoke_run(study, tmp_path, **arms)
@@ -97,7 +97,6 @@ def row_of(arm, seed, validation, test, sparsity=0.0):
     return {"arm": arm, "sparsity": sparsity, "seed": seed, "validation_last": validation, "test_last": test}
 
 
-@pytest.mark.once
 def test_regret_is_against_the_constant_that_is_best_on_the_validation_images_seed_by_seed():
     rows = [row_of("none", 0, 0.5, 0.9), row_of("none", 1, 0.5, 0.9)]  # best on test, but chosen is M=4
     rows += [row_of("M=4", 0, 0.7, 0.60), row_of("M=4", 1, 0.7, 0.70)]
@@ -109,7 +108,6 @@ def test_regret_is_against_the_constant_that_is_best_on_the_validation_images_se
     assert last == "| gap=0.15 | 2.00 | 2.00 ± 12.71 (2) | 2.00 |"  # t(0.975, 1) = 12.706, sd / sqrt(2) = 1
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -124,7 +122,6 @@ def test_impossible_settings_are_errors(tmp_path, smoke_run, changes, message):
         smoke_run(study, tmp_path, **changes)
 
 
-@pytest.mark.once
 def test_the_line_through_the_papers_optima_ends_in_none():
     assert [study.line(p) for p in (0.0, 0.6, 0.9)] == [14.6, 4.4, None]
     with flagsaver.flagsaver():

@@ -6,7 +6,7 @@ import kerascompress as kc
 from experiments import demo
 
 
-@pytest.mark.once
+@pytest.mark.once("jax")
 def test_the_magnitude_follows_the_sparsity_and_the_sentence_says_what_strength_costs(
     tmp_path, smoke_run, capsys, monkeypatch
 ):

@@ -626,7 +626,7 @@ def test_the_student_may_be_pruned_while_the_magnitude_follows():
     assert kc.sparsity(kc.strip_pruning(model.student)) == pytest.approx(0.5, abs=0.02)
 
 
-@pytest.mark.once
+@pytest.mark.once("jax")
 @pytest.mark.parametrize("build", [kc.models.mobilenet_v2, kc.models.shufflenet_v2])
 def test_the_mobile_networks_distil(build):
     student = build(CLASSES, width=0.1, input_shape=(SIZE, SIZE, 3))

@@ -138,7 +138,7 @@ def workers(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.once
+@pytest.mark.once("jax")
 @pytest.mark.parametrize("workers", ["2", "ray"], indirect=True)
 def test_a_pool_and_a_ray_cluster_give_the_rows_of_a_loop(smoke, tmp_path, monkeypatch, workers):
     for name, value in OPTIMIZE.items():
@@ -164,7 +164,7 @@ def raises_dies_or_returns(run):
     return {"test_last": 0.5}
 
 
-@pytest.mark.once
+@pytest.mark.once("jax")
 def test_a_run_that_raises_or_is_killed_costs_what_needs_it_and_no_other(tmp_path, workers):
     bad = ["raises"] if workers == "1" else ["raises", "dies"]
     first = {arm: run_of(tmp_path, arm) for arm in [*bad, "fine"]}

@@ -11,6 +11,8 @@ from keras import layers, ops
 
 import kerascompress as kc
 
+pytestmark = pytest.mark.once("jax")
+
 FAMILIES = {
     "resnet": lambda **kwargs: kc.models.resnet(8, 5, width=4, input_shape=(8, 8, 3), seed=0, **kwargs),
     "mobilenet_v2": lambda: kc.models.mobilenet_v2(5, width=0.1, input_shape=(8, 8, 3), seed=0),
@@ -129,7 +131,6 @@ def small(request):
     return lived_in(FAMILIES[request.param]())
 
 
-@pytest.mark.once
 def test_discarding_at_once_gives_the_network_back_bit_for_bit(small):
     before, computed = config(small), outputs(small)
     large = kc.extend(small, extra_blocks=1)
@@ -147,7 +148,6 @@ def test_discarding_at_once_gives_the_network_back_bit_for_bit(small):
     assert all(one is not other for one, other in zip(back.weights, small.weights, strict=True))
 
 
-@pytest.mark.once
 def test_the_further_blocks_are_of_the_networks_own_kind(small):
     parts = {
         "resnet8": ["conv1", "conv1_bn", "relu1", "conv2", "conv2_bn", "add", "relu2"],
@@ -159,7 +159,6 @@ def test_the_further_blocks_are_of_the_networks_own_kind(small):
     assert not [name for name in names if "shortcut" in name and name.startswith("extra_")]
 
 
-@pytest.mark.once
 def test_whatever_the_extended_network_learns_the_small_part_keeps_through_save_and_load(small, tmp_path):
     untouched = by_path(small)
     large = kc.extend(small, extra_blocks=1)
@@ -186,7 +185,6 @@ def test_training_reaches_every_weight_and_the_small_part_trains_on():
     assert not [path for path, weights in by_path(back).items() if np.array_equal(weights, trained[path])]
 
 
-@pytest.mark.once
 def test_resnet20_plus_20_has_the_weights_of_ten_further_blocks():
     small = kc.models.resnet20(100, seed=0)
     large = kc.extend(small, extra_blocks=10)

@@ -9,6 +9,8 @@ from absl.testing import flagsaver
 from experiments import fig7_teacher_filter as fig7
 from experiments import keeper, training
 
+pytestmark = pytest.mark.once("jax")
+
 TEACHER = "resnet8w8x2 M=14 seed=10000"
 SECONDS = {"seconds": 0, "seconds_per_epoch": 0}
 
@@ -39,7 +41,6 @@ def smoke(tmp_path_factory, smoke_run):
     return folder, rows
 
 
-@pytest.mark.once
 def test_smoke_leaves_rows_and_two_pictures(smoke):
     folder, rows = smoke
     assert [(row["arm"], row["teacher"], row["magnitude"]) for row in rows] == [
