@@ -4,10 +4,6 @@ import experiments  # noqa: F401, I001 (first: it sets the threads, and with the
 import gc
 import os
 
-QUICK_XLA = "xla_cpu_use_fusion_emitters"  # without them XLA compiles in two thirds of the time
-if os.environ.get("KERAS_BACKEND") == "jax":  # before XLA reads it, and for the processes that tests start
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{QUICK_XLA}=false"
-
 import keras
 import pytest
 from absl import flags
@@ -26,6 +22,7 @@ IN_OTHERS = (
     "test_inherit_experiments",
     "test_teacher_filter",
 )  # processes, with the same last bits
+QUICK_XLA = "xla_cpu_use_fusion_emitters"  # without them XLA compiles in two thirds of the time
 EXACT = ("test_image_ops", "test_augment")  # what they claim to the bit must hold as a user's program is compiled
 
 
@@ -53,6 +50,8 @@ def pytest_sessionstart(session):
     if keras.backend.backend() == "jax":  # what one test has compiled serves the next, in other processes too
         import jax
 
+        # before XLA reads it, and for the processes that tests start
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{QUICK_XLA}=false"
         folder = str(session.config.cache.mkdir("jax"))
         os.environ |= {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         jax.config.update("jax_compilation_cache_dir", folder)
