@@ -46,7 +46,6 @@ def pytest_collection_modifyitems(items):
 
 def pytest_sessionstart(session):
     gc.freeze()  # what the imports have made stays: collecting would look at it again and again
-    gc.set_threshold(50_000, 20, 100)  # a tenth of the time, otherwise
     if keras.backend.backend() == "jax":  # what one test has compiled serves the next, in other processes too
         import jax
 
@@ -85,7 +84,6 @@ def quick_compilation(request):
                 patch.setattr(keras.Model, "_resolve_auto_jit_compile", lambda model: False)
         yield
     gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
