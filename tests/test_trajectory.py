@@ -101,11 +101,16 @@ def train(case, start, carrier):
     return masks.seen, [keras.ops.convert_to_numpy(kernel.value) for kernel, _, _ in pruning_vars(model)]
 
 
+def arrays(path):
+    with np.load(path) as saved:  # which stays open otherwise, until it is collected in another test
+        return dict(saved)
+
+
 @pytest.mark.parametrize("carrier", ["wrapper", "optimizer"])
 @pytest.mark.parametrize("name", CASES)
 def test_masks_equal_tfmots_at_every_step_and_weights_at_the_end(tfmots, name, carrier):
-    theirs = np.load(tfmots / f"{name}.npz")
-    masks, kernels = train(CASES[name], dict(np.load(tfmots / "start.npz")), carrier)
+    theirs = arrays(tfmots / f"{name}.npz")
+    masks, kernels = train(CASES[name], arrays(tfmots / "start.npz"), carrier)
     assert len(masks) == STEPS
     for i, kernel in enumerate(kernels):
         expected = theirs[f"masks{i}"]
@@ -116,7 +121,7 @@ def test_masks_equal_tfmots_at_every_step_and_weights_at_the_end(tfmots, name, c
 
 
 def test_tfmot_does_let_weights_come_back_in_these_cases(tfmots):
-    masks = [theirs[key] for path in tfmots.glob("*-*.npz") for theirs in [np.load(path)] for key in theirs]
+    masks = [theirs[key] for path in tfmots.glob("*-*.npz") for theirs in [arrays(path)] for key in theirs]
     assert sum(int(np.sum(mask[1:] & ~mask[:-1])) for mask in masks if mask.dtype == bool) > 50
 
 
