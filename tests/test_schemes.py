@@ -69,6 +69,7 @@ def config(model):
 
 
 @pytest.mark.quick
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("scheme", "expected"),  # Section IV-C, the text under Figures 4 and 6
     [
