@@ -189,7 +189,7 @@ def plan(study):
         )
         for seed in study.seeds
         for sparsity in flags.sparsities([0.0])
-        for arm in (SMOKE["arms"] if FLAGS.smoke else ARMS)
+        for arm in flags.arms(ARMS, SMOKE["arms"] if FLAGS.smoke else ARMS)
     ]
 
 
@@ -198,13 +198,13 @@ def main(_):
         raise ValueError(
             "Figure 7 draws magnitudes at random, which keras-cv's RandAugment does not. Leave --augmenter."
         )
-    study = flags.Study("fig7", takes=("sparsities", "teacher", "teacher_epochs", "teacher_magnitude"))
+    study = flags.Study("fig7", takes=("sparsities", "arms", "teacher", "teacher_epochs", "teacher_magnitude"))
     runs = plan(study)
     rows = study.carry_out(runs, outcome)
     plot.show("fig7", rows, study.out)
     print_costs(rows)
-    shown = next(run for run in runs if run.arm == "teacher filter")
-    if (shown.folder / keeper.DONE).exists():
+    shown = next((run for run in runs if run.arm == "teacher filter"), None)
+    if shown and (shown.folder / keeper.DONE).exists():
         draw_candidates(shown, study.out.with_stem(f"{study.out.stem}_candidates"))
 
 
