@@ -4,7 +4,7 @@
 
 prints them as README shows them. A claim is a difference, or several, that is positive where the paper is right, taken
 seed by seed. Its t interval decides: *reproduced* where it lies above 0, *refuted* where it lies below, else
-*undecided*.
+*undecided*; *at chance* is undecided where no seed shows a difference, since neither arm has learned anything.
 """
 
 import collections
@@ -30,9 +30,8 @@ RATIOS = (0.6, 0.8, 0.9, 0.97)
 class Claim:
     study: str  # the stem of the file of rows
     paper: str  # what it says
-    where: str
-    parts: Callable  # of the study's rows: {label: measure}, measure({(arm, ratio): row} of a seed) -> difference
-    unit: str = " points"
+    where: str  # figure
+    parts: Callable  # of the study's rows: {ratio: measure}, measure({(arm, ratio): row} of a seed) -> difference
     looks: tuple = LOOKS
 
 
@@ -47,12 +46,14 @@ class Verdict:
 
     @property
     def word(self):
+        if self.mean == self.std == 0:
+            return "at chance"
         return "reproduced" if self.low > 0 else "refuted" if self.high < 0 else "undecided"
 
-    def text(self, unit):
-        name = f"{self.label}: " if self.label else ""
-        numbers = f"{self.mean:+.2f} ± {self.std:.2f}{unit} [{self.low:+.2f}, {self.high:+.2f}] ({self.n})"
-        return name + numbers.replace("-", "−")
+    @property
+    def text(self):
+        numbers = f"{self.mean:+.2f} ± {self.std:.2f} [{self.low:+.2f}, {self.high:+.2f}]".replace("-", "−")
+        return f"{self.label}: {numbers}" if self.label else numbers
 
 
 def decide(label, differences):
@@ -77,7 +78,7 @@ def verdicts(claim, rows):
     for label, measure in claim.parts(rows).items() if looks else ():
         for n in looks:
             verdict = decide(label, [measure(by_seed[seed]) for seed in range(n)])
-            if verdict.word != "undecided":
+            if verdict.word in ("reproduced", "refuted"):
                 break
         made.append(verdict)
     return made
@@ -109,19 +110,12 @@ def lead(first, second, ratio, cells):
     return 100 * (cells[first, ratio]["test_last"] - cells[second, ratio]["test_last"])
 
 
-def leads(first, *others, ratios=RATIOS):
-    """Returns the parts that say that an arm leads each of the others at each ratio."""
-
-    def parts(rows):
-        return {
-            ", ".join(
-                [f"over {other}"] * (len(others) > 1) + [f"p = {ratio:g}"] * (len(ratios) > 1)
-            ): functools.partial(lead, first, other, ratio)
-            for ratio in ratios
-            for other in others
-        }
-
-    return parts
+def leads(first, second, ratios=RATIOS):
+    """Returns the parts that say that an arm leads another at each ratio."""
+    lone = len(ratios) == 1
+    return lambda rows: {
+        "" if lone else f"{ratio:g}".lstrip("0"): functools.partial(lead, first, second, ratio) for ratio in ratios
+    }
 
 
 def over_tuned(rows):
@@ -132,61 +126,69 @@ def over_tuned(rows):
             validation[row["arm"]].append(row["validation_last"])
     if not validation:
         return {}
-    return leads("teacher filter", max(validation, key=lambda arm: np.mean(validation[arm])), ratios=(0.0,))(rows)
+    return leads("teacher filter", max(validation, key=lambda arm: np.mean(validation[arm])), DENSE)(rows)
 
 
-CONSTANTS = ("none", "M=4", "M=9", "M=14")
+def spaced(arm):
+    return arm.replace("=", " = ")
+
+
+DENSE, SPARSE = (0.0,), (0.97,)
+OPTIMA, MAXIMA = falls(optimal), falls(maximal)
 CLAIMS = (
-    Claim("small_fig1", "the optimal magnitude falls with p: M* at 0 less M* at .97", "Fig. 1", falls(optimal), ""),
-    Claim("small_fig1", "the maximal magnitude falls with p: the same", "Fig. 1", falls(maximal), ""),
-    Claim("small_fig1", "strong augmentation helps a dense network: M = 14 over none at p = 0", "Fig. 1, 2",
-          leads("M=14", "none", ratios=(0.0,))),
-    Claim("small_fig1", "and harms a pruned one: none over M = 14 at p = .97", "Fig. 1, 2",
-          leads("none", "M=14", ratios=(0.97,))),
+    Claim("small_fig1", "the optimal magnitude falls with p: M* at 0 less M* at .97, in steps of M", "1", OPTIMA),
+    Claim("small_fig1", "the maximal magnitude falls with p: the same", "1", MAXIMA),
+    Claim("small_fig1", "strong helps a dense network: M = 14 over none, p = 0", "1", leads("M=14", "none", DENSE)),
+    Claim("small_fig1", "and harms a pruned one: none over M = 14, p = .97", "1", leads("none", "M=14", SPARSE)),
+    Claim("small_fig2", "on ImageNet too: M* at 0 less M* at .97, in steps of M", "2", OPTIMA, looks=(3,)),
+    Claim("small_fig2", "the same of the maximal magnitude", "2", MAXIMA, looks=(3,)),
+    Claim("small_fig2", "M = 14 over none, p = 0", "2", leads("M=14", "none", DENSE), looks=(3,)),
+    Claim("small_fig2", "none over M = 14, p = .97", "2", leads("none", "M=14", SPARSE), looks=(3,)),
     *(
-        Claim("small_fig2", f"on ImageNet too: {paper}", "Fig. 2", parts, unit, looks=(3,))
-        for paper, parts, unit in (
-            ("M* at 0 less M* at .97", falls(optimal), ""),
-            ("the same of the maximal magnitude", falls(maximal), ""),
-            ("M = 14 over none at p = 0", leads("M=14", "none", ratios=(0.0,)), " points"),
-            ("none over M = 14 at p = .97", leads("none", "M=14", ratios=(0.97,)), " points"),
-        )
+        Claim("small_fig3", f"decayed magnitudes beat {spaced(arm)} throughout", "3", leads("decayed", arm))
+        for arm in ("none", "M=4", "M=9", "M=14")
     ),
-    Claim("small_fig3", "decayed magnitudes beat each constant one", "Fig. 3, A", leads("decayed", *CONSTANTS)),
-    Claim("small_fig3", "of the constants, the strongest leads at p = 0", "Fig. 3, B",
-          leads("M=14", *CONSTANTS[:-1], ratios=(0.0,))),
-    Claim("small_fig3", "and the weakest at p = .97", "Fig. 3, B", leads("none", *CONSTANTS[1:], ratios=(0.97,))),
-    Claim("small_fig4", "inherit beats Baseline-A", "Fig. 4", leads("inherit", "baseline-a")),
-    Claim("small_fig4", "inherit beats Baseline-A at equal epochs", "Fig. 4",
-          leads("inherit", "baseline-a, equal epochs")),
-    Claim("small_fig4", "inherit beats Baseline-B", "Fig. 4", leads("inherit", "baseline-b")),
-    Claim("small_fig4", "strong augmentation harms a pruned network with random weights", "Section V",
+    *(
+        Claim("small_fig3", f"dense, the strongest leads: M = 14 over {spaced(arm)}", "3", leads("M=14", arm, DENSE))
+        for arm in ("none", "M=4", "M=9")
+    ),
+    *(
+        Claim("small_fig3", f"at p = .97 the weakest leads: none over {spaced(arm)}", "3", leads("none", arm, SPARSE))
+        for arm in ("M=4", "M=9", "M=14")
+    ),
+    Claim("small_fig4", "inherit beats Baseline-A", "4", leads("inherit", "baseline-a")),
+    Claim("small_fig4", "inherit beats Baseline-A at equal epochs", "4", leads("inherit", "baseline-a, equal epochs")),
+    Claim("small_fig4", "inherit beats Baseline-B", "4", leads("inherit", "baseline-b")),
+    Claim("small_fig4", "strong harms a pruned network with random weights (Section V)", "4",
           leads("scratch, weak", "scratch, strong")),
-    Claim("small_fig6", "inherit beats Baseline-B", "Fig. 6", leads("inherit", "baseline-b", ratios=(0.0,))),
-    Claim("small_fig6", "Baseline-B beats Baseline-A", "Fig. 6", leads("baseline-b", "baseline-a", ratios=(0.0,))),
-    Claim("small_fig6", "inherit beats plain training", "Fig. 6", leads("inherit", "plain", ratios=(0.0,))),
-    Claim("small_fig7", "the teacher's filter beats random magnitudes", "Fig. 7",
-          leads("teacher filter", "random", ratios=(0.0,))),
-    Claim("small_fig7", "it beats the tuned magnitude", "Fig. 7", over_tuned),
-    Claim("small_fig7", "the teacher's cross-entropy alone beats random", "+0.59",
-          leads("(a) cross-entropy alone", "random", ratios=(0.0,))),
-    Claim("small_fig7", "the divergence alone is beaten by random", "−1.24",
-          leads("random", "(b) divergence alone", ratios=(0.0,))),
+    Claim("small_fig6", "inherit beats Baseline-B", "6", leads("inherit", "baseline-b", DENSE)),
+    Claim("small_fig6", "Baseline-B beats Baseline-A", "6", leads("baseline-b", "baseline-a", DENSE)),
+    Claim("small_fig6", "inherit beats plain training", "6", leads("inherit", "plain", DENSE)),
+    Claim("small_fig7", "the teacher's filter beats random magnitudes", "7", leads("teacher filter", "random", DENSE)),
+    Claim("small_fig7", "it beats the tuned magnitude", "7", over_tuned),
+    Claim("small_fig7", "its cross-entropy alone beats random (+0.59)", "7",
+          leads("(a) cross-entropy alone", "random", DENSE)),
+    Claim("small_fig7", "random beats the divergence alone (+1.24)", "7",
+          leads("random", "(b) divergence alone", DENSE)),
 )  # fmt: skip
 
 
 def table():
     """Returns the claims that have a verdict by now as a Markdown table, a line a claim."""
-    head = ["the paper claims", "where", "difference as claimed: mean ± std [97.5 % interval] (n)", "verdict"]
+    head = ["the paper claims", "Figure", "difference as claimed: mean ± std [97.5 % interval]", "n", "verdict"]
     lines = [head, ["---"] * len(head)]
     for claim in CLAIMS:
         path = RESULTS / f"{claim.study}.jsonl"
         made = verdicts(claim, runs.read_rows(path)) if path.exists() else []
         if made:
-            of = f" in {{}} of {len(made)}" if len(made) > 1 else ""
-            words = collections.Counter(verdict.word for verdict in made).most_common()
-            found = "; ".join(verdict.text(claim.unit) for verdict in made)
-            lines.append(
-                [claim.paper, claim.where, found, ", ".join(f"**{word}**{of.format(count)}" for word, count in words)]
+            of_words = collections.defaultdict(list)
+            for verdict in made:
+                of_words[verdict.word].append(verdict)
+            found = (
+                f"**{word}**" + (f" at {', '.join(verdict.label for verdict in some)}" if len(of_words) > 1 else "")
+                for word, some in of_words.items()
             )
+            counts = dict.fromkeys(str(verdict.n) for verdict in made)
+            numbers = "; ".join(verdict.text for verdict in made)
+            lines.append([claim.paper, claim.where, numbers, ", ".join(counts), "; ".join(found)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -22,7 +22,7 @@ def rows_of(arm, accuracies, sparsity=0.0, first_seed=0):
     ]
 
 
-STRONG_OVER_NONE = claims.leads("M=14", "none", ratios=(0.0,))
+STRONG_OVER_NONE = claims.leads("M=14", "none", claims.DENSE)
 
 
 def verdicts(*rows, parts=STRONG_OVER_NONE):
@@ -56,6 +56,25 @@ def test_there_are_two_looks_and_the_second_is_for_what_the_first_left_undecided
     assert (verdict.n, verdict.word) == (5, "reproduced")
 
 
+def test_where_neither_arm_has_learned_anything_the_verdict_says_so():
+    at_chance = rows_of("none", [0.1] * 15, 0.97) + rows_of("M=14", [0.1] * 15, 0.97)
+    (verdict,) = verdicts(at_chance, parts=claims.leads("none", "M=14", claims.SPARSE))
+    assert (verdict.word, verdict.n) == ("at chance", 15)  # both looks were due
+
+
+def test_a_line_of_the_table_names_the_ratios_of_each_verdict(tmp_path, monkeypatch):
+    cells = [(0.6, 0.05), (0.8, 0.0), (0.9, -0.05), (0.97, 0.05)]
+    noise = np.array([0.0, 0.01, -0.01, 0.005, -0.005])
+    rows = [row for p, _ in cells for row in rows_of("none", [0.4] * 5, p)]
+    rows += [row for p, lead in cells for row in rows_of("decayed", 0.4 + lead + noise, p)]
+    (tmp_path / "small_fig3.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(claims, "RESULTS", tmp_path)
+    monkeypatch.setattr(claims, "CLAIMS", [claim for claim in claims.CLAIMS if "beat none" in claim.paper])
+    line = claims.table().splitlines()[-1]
+    assert line.startswith("| decayed magnitudes beat none throughout | 3 | .6: +5.00 ± 0.79 [+3.76, +6.24]; .8: +0.00")
+    assert line.endswith("| 5 | **reproduced** at .6, .97; **undecided** at .8; **refuted** at .9 |")
+
+
 def test_seeds_that_choose_decide_nothing():
     rows = rows_of("none", [0.4] * 5), rows_of("M=14", [0.5] * 5)
     chosen = rows_of("M=14", [0.1] * 3, first_seed=100)
@@ -82,7 +101,7 @@ def test_the_tuned_magnitude_is_the_best_on_the_validation_images_of_the_seeds_t
 
 def test_readme_shows_the_table_that_the_rows_make():
     table = claims.table()
-    assert "(3) |" in table  # Figure 2's, at least
+    assert "| 3 |" in table  # Figure 2's n, at least
     assert table in README.read_text()
 
 
@@ -92,14 +111,14 @@ def test_all_figures_and_the_table_are_made_of_rows_alone(tmp_path, monkeypatch,
     rows += rows_of("none", [0.4], first_seed=100) + rows_of("M=14", [0.3], first_seed=100)
     (tmp_path / "small_fig1.jsonl").write_text("".join(json.dumps(setting | row) + "\n" for row in rows))
     monkeypatch.setattr(claims, "RESULTS", tmp_path)
-    monkeypatch.setattr(claims, "CLAIMS", [claim for claim in claims.CLAIMS if "helps a dense" in claim.paper])
+    monkeypatch.setattr(claims, "CLAIMS", [claim for claim in claims.CLAIMS if "strong helps" in claim.paper])
     with flagsaver.flagsaver():
         absl_flags.FLAGS(["test", "--all"])
         plot.main([])
     printed = capsys.readouterr().out
     assert printed.endswith(
-        "| strong augmentation helps a dense network: M = 14 over none at p = 0 | Fig. 1, 2 "
-        "| +9.80 ± 0.45 points [+9.10, +10.50] (5) | **reproduced** |\n"
+        "| strong helps a dense network: M = 14 over none, p = 0 | 1 "
+        "| +9.80 ± 0.45 [+9.10, +10.50] | 5 | **reproduced** |\n"
     )
     assert "validation_last in percent" in printed
     for name in ("small_fig1.png", "small_fig1_validation.png"):
