@@ -2,9 +2,9 @@
 
     python -m experiments.adaptive_magnitude --dataset=cifar10 --image_size=16 --train_images=500 --model=resnet8
 
-Every arm is one training as in Figure 1: from scratch, pruned over the first half of its steps. The regret of an arm is
-the test accuracy of the best constant magnitude, chosen on the validation images for each ratio, minus its own, with
-the same seed. The protocol is in README.md.
+Every arm is one training as in Figure 1 (whose rows `--constants` takes): from scratch, pruned over the first half of
+its steps. The regret of an arm is the test accuracy of the best constant magnitude, chosen on the validation images for
+each ratio, minus its own, with the same seed. The protocol is in README.md.
 
 Paper (Section IV-B): 14, 12, 8, 4 at p = 0, .2, .4, .6 (ResNet-20, CIFAR-100), found by 20 to 31 trainings each.
 
@@ -37,7 +37,7 @@ from scipy import stats
 
 import kerascompress as kc
 from experiments import fig7_teacher_filter as fig7
-from experiments import flags, plot, training
+from experiments import flags, plot, runs, training
 
 SPARSITIES = (0.0, 0.6, 0.9, 0.97)
 MAGNITUDES = (None, 2, 4, 6, 9, 14, 22)  # None is no RandAugment
@@ -203,17 +203,24 @@ def plan(study):
     if key and (cannot := [arm for arm in arms if arm.startswith(("held", "entropy"))]):
         raise ValueError(f"With --teacher there is no arm {', '.join(cannot)}. Received: --arms={','.join(arms)}.")
     constant = {flags.magnitude_name(m): m for m in flags.magnitudes("magnitudes", usual["magnitudes"])}
-    runs = []
+    planned = []
     for seed in study.seeds:
         common = {"seed": seed, "teacher": key}
         dense = study.run(arm=flags.magnitude_name(DENSE), sparsity=0.0, magnitude=DENSE, **common)
         for p in flags.sparsities(usual["sparsities"]):
             keys = [{"arm": name, "magnitude": m} for name, m in constant.items()] + [settings(arm, p) for arm in arms]
-            runs += [
+            planned += [
                 study.run(sparsity=p, after=dense if each["arm"].startswith("held") else teacher, **each, **common)
                 for each in keys
             ]
-    return runs
+    return planned
+
+
+def of_figure_1(rows, run):
+    """Returns the row of the same training among those of Figure 1, or None; looking more often changes no training."""
+    key = {name: value for name, value in run.key.items() if name not in ("figure", "evaluate_every")}
+    row = next((row for row in rows if key.items() <= (runs.BEFORE | row).items()), None)
+    return row and row | {name: run.key[name] for name in ("figure", "evaluate_every")}
 
 
 # What the rows say
@@ -290,9 +297,13 @@ def main(_):
     if FLAGS.augmenter != "kerascompress":
         raise ValueError("TrivialAugment and EntAugment draw magnitudes, which keras-cv's does not. Leave --augmenter.")
     study = flags.Study(
-        "adaptive", ("sparsities", "magnitudes", "arms", "step", "teacher", "teacher_epochs", "teacher_magnitude")
+        "adaptive",
+        ("sparsities", "magnitudes", "arms", "step", "constants", "teacher", "teacher_epochs", "teacher_magnitude"),
     )
-    rows = study.carry_out(plan(study), outcome)
+    earlier = runs.read_rows(FLAGS.constants) if FLAGS.constants else []
+    planned = {run: of_figure_1(earlier, run) for run in plan(study)}
+    rows = [row for row in planned.values() if row]
+    rows += study.carry_out([run for run, row in planned.items() if not row], outcome)
     plot.show("adaptive", rows, study.out)
     print(f"\nAgainst the best constant, named at the top:\n\n{markdown(rows)}\n")
     if any("magnitudes" in row for row in rows):

@@ -133,7 +133,8 @@ def spaced(arm):
     return arm.replace("=", " = ")
 
 
-DENSE, SPARSE = (0.0,), (0.97,)
+DENSE, SPARSE, FEWER = (0.0,), (0.97,), (0.6, 0.9, 0.97)
+SECOND = (("cifar100", "CIFAR-100"), ("mobilenet", "MobileNetV2"))
 OPTIMA, MAXIMA = falls(optimal), falls(maximal)
 CLAIMS = (
     Claim("small_fig1", "the optimal magnitude falls with p: M* at 0 less M* at .97, in steps of M", "1", OPTIMA),
@@ -144,6 +145,19 @@ CLAIMS = (
     Claim("small_fig2", "the same of the maximal magnitude", "2", MAXIMA, looks=(3,)),
     Claim("small_fig2", "M = 14 over none, p = 0", "2", leads("M=14", "none", DENSE), looks=(3,)),
     Claim("small_fig2", "none over M = 14, p = .97", "2", leads("none", "M=14", SPARSE), looks=(3,)),
+    *(
+        Claim(f"small_fig1_{stem}", f"{name}: {paper}", "1", parts, looks=(3,))
+        for stem, name in SECOND
+        for paper, parts in (
+            ("M* at 0 less M* at .97, in steps of M", OPTIMA),
+            ("the same of the maximal magnitude", MAXIMA),
+            ("M = 14 over none, p = 0", leads("M=14", "none", DENSE)),
+            ("none over M = 14, p = .97", leads("none", "M=14", SPARSE)),
+        )
+    ),
+    Claim("nearer_fig1", "5,000 images at 32x32, 200 epochs: M = 14 over none, p = 0", "1",
+          leads("M=14", "none", DENSE), looks=(2,)),
+    Claim("nearer_fig1", "the same: none over M = 14, p = .9", "1", leads("none", "M=14", (0.9,)), looks=(2,)),
     *(
         Claim("small_fig3", f"decayed magnitudes beat {spaced(arm)} throughout", "3", leads("decayed", arm))
         for arm in ("none", "M=4", "M=9", "M=14")
@@ -161,6 +175,15 @@ CLAIMS = (
     Claim("small_fig4", "inherit beats Baseline-B", "4", leads("inherit", "baseline-b")),
     Claim("small_fig4", "strong harms a pruned network with random weights (Section V)", "4",
           leads("scratch, weak", "scratch, strong")),
+    *(
+        Claim(f"small_fig4_{stem}", f"{name}: inherit beats {paper}", "4", leads("inherit", arm, FEWER), (3,))
+        for stem, name in SECOND
+        for paper, arm in (
+            ("Baseline-A", "baseline-a"),
+            ("it at equal epochs", "baseline-a, equal epochs"),
+            ("Baseline-B", "baseline-b"),
+        )
+    ),
     Claim("small_fig6", "inherit beats Baseline-B", "6", leads("inherit", "baseline-b", DENSE)),
     Claim("small_fig6", "Baseline-B beats Baseline-A", "6", leads("baseline-b", "baseline-a", DENSE)),
     Claim("small_fig6", "inherit beats plain training", "6", leads("inherit", "plain", DENSE)),

@@ -24,7 +24,7 @@ RECIPES = {  # stages of 200 epochs, batch 128, SGD at 0.1: the paper authors' s
 }
 SMOKE = {"model": "resnet8w4", "epochs": 2, "batch_size": 32, "train_images": 64}
 SOME = ("sparsities", "magnitudes", "decayed", "strong", "weak", "teacher", "teacher_epochs", "teacher_magnitude")
-SOME += ("arms", "step", "export", "augment_in")
+SOME += ("arms", "step", "export", "augment_in", "constants")
 OF_FILES = ("skip_damaged", "augment_in", "crop_area")
 
 FLAGS = flags.FLAGS
@@ -169,6 +169,12 @@ flags.DEFINE_list(
     "of their scripts; default: the paper's. The adaptive study, beside the constant magnitudes: trivial, line, "
     "accuracy=<set-point>, gap=<set-point>, held-accuracy, held-gap, entropy, entropy-image; default: all, with "
     "set-points of 0.6 and 0.15.",
+)
+flags.DEFINE_string(
+    "constants",
+    None,
+    "The adaptive study: a file of Figure 1's rows. Constant magnitudes that are there in the same setting are taken "
+    "from it and not trained again.",
 )
 flags.DEFINE_float(
     "step", None, "How far an adaptive magnitude moves in an epoch. Default: 0.5.", lower_bound=0.001, upper_bound=30

@@ -8,6 +8,7 @@ from absl.testing import flagsaver
 from test_experiments import one_layer, run_of
 
 from experiments import adaptive_magnitude as study
+from experiments import fig1_magnitude_search as fig1
 from experiments import fig3_magnitude_decay as fig3
 from experiments import keeper, training
 
@@ -36,6 +37,16 @@ def test_every_arm_leaves_a_row_with_its_set_point_and_its_magnitudes(tmp_path, 
     assert all(0 < m <= 30 for arm in ("entropy", "entropy-image") for m in of[arm]["magnitudes"])
     assert "| p = 0.6: " in capsys.readouterr().out
     assert (tmp_path / "rows_magnitudes.png").exists()
+
+
+def test_constants_of_figure_1_are_taken_from_its_rows_whatever_its_looks(tmp_path, small, smoke_run):
+    grid = {"sparsities": "0.6", "magnitudes": "none,9"}
+    given = smoke_run(fig1, tmp_path / "fig1", evaluate_every=2, **grid)
+    asked = grid | {"arms": "trivial"}
+    alone = smoke_run(study, tmp_path / "alone", **asked)
+    taken = smoke_run(study, tmp_path / "taken", constants=tmp_path / "fig1" / "rows.jsonl", **asked)
+    assert [row["arm"] for row in taken] == ["trivial"]  # none else was trained
+    assert [row["test_last"] for row in [*given, *taken]] == [row["test_last"] for row in alone]
 
 
 def test_a_distilled_student_finds_its_magnitude_too(tmp_path, small, smoke_run):
