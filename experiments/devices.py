@@ -5,6 +5,7 @@ on the whole of it (`keras.distribution.DataParallel`). Without GPUs, the device
 """
 
 import contextlib
+import functools
 import os
 
 import keras
@@ -48,9 +49,14 @@ def spread(count):
         )
     if backend == "jax":
         return keras.distribution.DataParallel(devices=devices[:count], auto_shard_dataset=False).scope()
+    return _strategy(tuple(name.upper() for name in devices[:count])).scope()
+
+
+@functools.cache  # of two strategies in a process, TensorFlow mixes up what their replicas send to one another
+def _strategy(names):
     import tensorflow as tf
 
-    return tf.distribute.MirroredStrategy([name.upper() for name in devices[:count]]).scope()
+    return tf.distribute.MirroredStrategy(names)
 
 
 def is_mirrored(count):

@@ -1,7 +1,5 @@
 """RandAugment, RandomCrop and MagnitudeScheduler: what is drawn, when it acts, and what a running fit sees."""
 
-import subprocess
-import sys
 import types
 
 import keras
@@ -541,27 +539,6 @@ def test_in_tf_data_on_another_backend_the_error_says_to_put_it_into_the_model()
     dataset = tf.data.Dataset.from_tensor_slices(batch_of(4))
     with pytest.raises(RuntimeError, match=r"(?s)TensorFlow backend only.*Put the layer into the model"):
         dataset.map(RandAugment())
-
-
-@pytest.mark.tensorflow_only
-def test_under_a_mirrored_strategy_it_trains_with_a_live_magnitude():
-    code = """
-import keras, numpy as np, tensorflow as tf
-from kerascompress.augment import RandAugment
-from kerascompress.callbacks import MagnitudeScheduler
-cpu = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
-    augment = RandAugment(magnitude=14, seed=0)
-    model = keras.Sequential([keras.Input((8, 8, 3)), augment, keras.layers.Flatten(), keras.layers.Dense(2)])
-    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-images = np.random.default_rng(0).integers(0, 256, (32, 8, 8, 3)).astype("float32")
-callback = MagnitudeScheduler(augment, lambda step: step)
-model.fit(images, np.arange(32) % 2, batch_size=8, verbose=0, callbacks=[callback])
-print("magnitude", keras.ops.convert_to_numpy(augment.magnitude))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "magnitude 4.0" in done.stdout, done.stderr[-2000:]
 
 
 @pytest.mark.tensorflow_only

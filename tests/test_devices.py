@@ -110,15 +110,72 @@ def draws():
     return alone, [np.concatenate([np.asarray(piece) for piece in part], axis=-1).tolist() for part in parts]
 
 
+def optimizers():
+    """Returns sparsity and sum of magnitudes of a pruned kernel, trained on one device and on two, for each policy."""
+
+    def train(policy, count):
+        keras.config.set_dtype_policy(policy)
+        rng = np.random.default_rng(0)
+        with devices.spread(count):
+            model = keras.Sequential([keras.Input((20,)), keras.layers.Dense(10)])
+            model.set_weights([rng.normal(size=(20, 10)), rng.normal(size=10)])
+            optimizer = keras.optimizers.SGD(0.01, momentum=0.9)
+            model.compile(kc.PruningOptimizer(optimizer, kc.PolynomialDecay(0.0, **SCHEDULE), scope="global"), "mse")
+            model.fit(rng.normal(size=(48, 20)), rng.normal(size=(48, 10)), batch_size=8, shuffle=False, verbose=0)
+        keras.config.set_dtype_policy("float32")
+        return kc.sparsity(model), float(np.abs(model.get_weights()[0]).sum())
+
+    return [[train(policy, count) for count in (1, 2)] for policy in ("float32", "mixed_float16")]
+
+
+def scheduled():
+    """Returns the magnitude to which a scheduler has led an augmentation in four steps of two replicas."""
+    with devices.spread(2):
+        augment = kc.RandAugment(magnitude=14, ops=["Rotate", "Solarize"], seed=0)
+        model = keras.Sequential([keras.Input((8, 8, 3)), augment, keras.layers.Flatten(), keras.layers.Dense(2)])
+        model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    images, labels = images_and_labels(32)
+    callback = kc.MagnitudeScheduler(augment, lambda step: step)
+    model.fit(images.astype("float32"), labels % 2, batch_size=8, verbose=0, callbacks=[callback])
+    return float(keras.ops.convert_to_numpy(augment.magnitude))
+
+
+def distillers():
+    """Returns what Distillers leave: without augmentation on one device and on two, with it on two."""
+
+    def fitted(count, teacher, **kwargs):
+        with devices.spread(count):
+            net, teacher = network(seed=1), teacher()
+            net.layers[2].trainable = kwargs["num_candidates"] > 1  # statistics of BatchNorm are those of a replica
+            distiller = kc.Distiller(net, teacher, alpha=0.5, **kwargs)
+            distiller.compile(keras.optimizers.SGD(0.05, momentum=0.9), metrics=["accuracy"])
+        before = teacher.get_weights()
+        history = distiller.fit(*images_and_labels(16), batch_size=8, epochs=2, shuffle=False, verbose=0).history
+        untouched = all(map(np.array_equal, before, teacher.get_weights()))
+        return {"history": history, "weights": [w.ravel().tolist() for w in net.get_weights()], "untouched": untouched}
+
+    identity = lambda images, training: images  # noqa: E731
+    plain = [fitted(count, lambda: network(seed=7), augment=identity, num_candidates=1) for count in (1, 2)]
+    augment = kc.RandAugment((0, 30), ops=["Rotate", "Solarize"], seed=0)
+    return plain, fitted(2, lambda: network(seed=7), augment=augment, num_candidates=3)
+
+
+OF_TWO = {"optimizers": optimizers}
+if keras.backend.backend() == "tensorflow":
+    OF_TWO |= {"scheduled": scheduled, "distillers": distillers}
+
+
 def main(cases):
-    devices.claim(max(CASES[case]["devices"] for case in cases))
+    count = max(CASES[case]["devices"] for case in cases)
+    devices.claim(count)
+    of_two = {name: make() for name, make in OF_TWO.items() if "wrapper, AdaptiveMagnitude" in cases}
     training.rand_augment = lambda run, seed: kc.RandAugment(run.magnitude, ops=["Rotate", "Solarize"], seed=seed)
     splits = [images_and_labels(n) for n in (40, 13, 13)]  # of 13, no number of devices has equal parts
     training._load = lambda *_: datasets.Data(*splits, 3, True, 128, (128,) * 3, (64,) * 3)
     with tempfile.TemporaryDirectory() as folder:
         left = {case: [train(case, count, folder) for count in (1, CASES[case]["devices"])] for case in cases}
     of_four = keras.backend.backend() == "tensorflow" and "optimizer, Distiller" in cases
-    print(json.dumps(left | ({"draws": draws()} if of_four else {})))
+    print(json.dumps(left | of_two | ({"draws": draws()} if of_four else {})))
 
 
 # --- the claims ---
@@ -151,6 +208,28 @@ def test_a_training_on_several_devices_is_that_on_one_up_to_rounding(report, cas
     assert several["same"]
     assert [len(copies) for copies in several["masks"]] == [CASES[case]["devices"]] * 2
     assert [copies[0] for copies in several["masks"]] == [copies[0] for copies in alone["masks"]]
+
+
+def test_masks_and_weights_of_a_pruning_optimizer_on_two_devices_are_those_of_one(report):
+    for ((sparsity, total), of_two), tolerance in zip(report["optimizers"], (1e-5, 1e-2), strict=True):  # mixed_float16
+        assert of_two == [sparsity, pytest.approx(total, rel=tolerance)]
+        assert sparsity == 0.5
+
+
+@pytest.mark.tensorflow_only
+def test_under_a_mirrored_strategy_the_magnitude_stays_live(report):
+    assert report["scheduled"] == 4
+
+
+@pytest.mark.tensorflow_only
+def test_under_a_mirrored_strategy_a_distiller_trains_its_student_alone(report):
+    (alone, spread), chosen = report["distillers"]
+    for name, values in alone["history"].items():
+        np.testing.assert_allclose(spread["history"][name], values, rtol=1e-4, atol=1e-6, err_msg=name)
+    for a, b in zip(spread["weights"], alone["weights"], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+    assert np.all(np.isfinite(chosen["history"]["loss"]))
+    assert alone["untouched"] is spread["untouched"] is chosen["untouched"] is True
 
 
 @pytest.mark.tensorflow_only  # on JAX, the batch is one

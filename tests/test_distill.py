@@ -1,8 +1,5 @@
 """The Distiller: its losses, what it selects, what it leaves alone, and where it runs."""
 
-import subprocess
-import sys
-
 import keras
 import numpy as np
 import pytest
@@ -576,41 +573,6 @@ def test_tf_data_with_sample_weights_and_a_last_batch_that_is_smaller():
     second.fit(images, labels, sample_weight=weights, batch_size=4, shuffle=False, verbose=0)
     for a, b in zip(arrays(first.student.variables), arrays(second.student.variables), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-
-
-MIRRORED = """
-import keras, numpy as np, tensorflow as tf
-cpu = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-from test_distill import arrays, classifier, data, distiller
-
-images, labels = data(16)
-dataset = tf.data.Dataset.from_tensor_slices((images, labels)).batch(8)
-with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
-    model = distiller()
-    without = lambda: classifier(batch_norm=False)  # whose statistics would be those of a replica
-    identity = lambda images, training: images
-    spread = distiller(student=without(), teacher=without(), augment=identity, num_candidates=1, alpha=0.5)
-alone = distiller(student=without(), teacher=without(), augment=identity, num_candidates=1, alpha=0.5)
-for each in (spread, alone):
-    each.student.layers[-1].kernel_regularizer.l2 = 1.0
-logs = [each.fit(dataset, shuffle=False, verbose=0).history for each in (spread, alone)]
-for name in logs[0]:
-    np.testing.assert_allclose(logs[0][name], logs[1][name], rtol=1e-4, atol=1e-6, err_msg=name)
-for a, b in zip(arrays(spread.student.variables), arrays(alone.student.variables), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
-teacher = arrays(model.teacher.variables)
-history = model.fit(dataset, epochs=2, shuffle=False, verbose=0).history
-assert np.all(np.isfinite(history["loss"])), history
-assert all(np.array_equal(a, b) for a, b in zip(teacher, arrays(model.teacher.variables), strict=True))
-print("trained on", model.distribute_strategy.num_replicas_in_sync)
-"""
-
-
-@pytest.mark.tensorflow_only
-def test_under_a_mirrored_strategy():
-    run = subprocess.run([sys.executable, "-c", MIRRORED], cwd="tests", capture_output=True, text=True)
-    assert run.stdout.strip().endswith("trained on 2"), run.stderr
 
 
 def test_the_student_may_be_pruned_while_the_magnitude_follows():

@@ -1,9 +1,6 @@
 """Masks carried by the optimizer: exactly sparse after every step, whatever the model and whatever trains it."""
 
 import json
-import os
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -326,49 +323,6 @@ def test_stateless_apply_returns_sparse_kernels_on_jax():
         variables, state = apply(state, gradients, variables)
         head = np.asarray(variables[-2])
         assert (head == 0).mean() == pytest.approx(share, abs=0.02)
-
-
-def test_on_two_virtual_devices_masks_and_weights_are_those_of_one():
-    if keras.backend.backend() == "torch":
-        pytest.skip("Keras distributes nothing on Torch")
-    code = """
-import contextlib, json, keras, numpy as np
-import kerascompress as kc
-
-def train(policy, scope):
-    keras.config.set_dtype_policy(policy)
-    rng = np.random.default_rng(0)
-    with scope:
-        model = keras.Sequential([keras.Input((20,)), keras.layers.Dense(10)])
-        model.set_weights([rng.normal(size=(20, 10)), rng.normal(size=10)])
-        schedule = kc.PolynomialDecay(0.0, 0.5, 0, 4, frequency=1)
-        model.compile(kc.PruningOptimizer(keras.optimizers.SGD(0.01, momentum=0.9), schedule, scope="global"), "mse")
-    model.fit(rng.normal(size=(48, 20)), rng.normal(size=(48, 10)), batch_size=8, shuffle=False, verbose=0)
-    return kc.sparsity(model), float(np.abs(model.get_weights()[0]).sum())
-
-policies, one = ("float32", "mixed_float16"), contextlib.nullcontext()
-if keras.backend.backend() == "tensorflow":
-    import tensorflow as tf
-    cpu = tf.config.list_physical_devices("CPU")[0]
-    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-    of_one = [train(policy, one) for policy in policies]
-    two = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-    of_two = [train(policy, two.scope()) for policy in policies]
-else:
-    of_one = [train(policy, one) for policy in policies]
-    assert len(keras.distribution.list_devices()) == 2
-    keras.distribution.set_distribution(keras.distribution.DataParallel(devices=keras.distribution.list_devices()))
-    of_two = [train(policy, one) for policy in policies]
-print(json.dumps([of_one, of_two]))
-"""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    of_one, of_two = json.loads(done.stdout.splitlines()[-1])
-    for (sparsity, total), (sparsity_of_two, total_of_two), tolerance in zip(of_one, of_two, (1e-5, 1e-2), strict=True):
-        assert sparsity == sparsity_of_two == 0.5
-        assert total_of_two == pytest.approx(total, rel=tolerance)
 
 
 # --- what is wrong is seen ---
