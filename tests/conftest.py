@@ -17,13 +17,9 @@ LONG = (
     "test_trajectory",
     "test_demo",
 )
-IN_OTHERS = (
-    "test_experiments",
-    "test_inherit_experiments",
-    "test_teacher_filter",
-)  # processes, with the same last bits
+IN_OTHERS = ("test_experiments", "test_inherit_experiments")  # processes, with the same last bits
 QUICK_XLA = "xla_cpu_use_fusion_emitters"  # without them XLA compiles in two thirds of the time
-EXACT = ("test_image_ops", "test_augment")  # what they claim to the bit must hold as a user's program is compiled
+EXACT = ("test_image_ops",)  # what it claims to the bit must hold as a user's program is compiled
 
 
 def pytest_collection_modifyitems(items):
@@ -46,6 +42,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_sessionstart(session):
     gc.freeze()  # what the imports have made stays: collecting would look at it again and again
+    gc.set_threshold(50_000, 20, 50)  # else collecting is a tenth of the time; a module's end collects
     if keras.backend.backend() == "jax":  # what one test has compiled serves the next, in other processes too
         import jax
 

@@ -54,6 +54,7 @@ def test_a_step_up_above_the_set_point_down_below_it_and_none_on_it():
     assert magnitude(augment) == 4
 
 
+@pytest.mark.once("jax")
 def test_the_upper_limit_is_30_and_the_lower_one_is_one_step_below_0():
     augment = live(29)
     adaptive = kc.AdaptiveMagnitude(augment, scripted(1, 1, 0), 0.5, step=0.75)
@@ -115,6 +116,7 @@ def test_keras_cvs_layer_is_off_below_zero_too():
 # --- which accuracy ---
 
 
+@pytest.mark.once("jax")
 @pytest.mark.parametrize(
     ("metrics", "name"),
     [
@@ -132,6 +134,7 @@ def test_an_accuracy_of_any_name_is_found(metrics, name):
     assert f"val_{name}" in history
 
 
+@pytest.mark.once("jax")
 @pytest.mark.parametrize(
     ("labels", "metrics"), [("integers", None), ("a column", ["sparse_categorical_crossentropy"]), ("one-hot", None)]
 )
@@ -158,6 +161,7 @@ def two_outputs():
     return model, {"kind": labels, "size": np.ones((32, 1))}
 
 
+@pytest.mark.once("jax")
 def test_of_several_outputs_the_one_with_an_accuracy_counts():
     augment = live(0)
     model, labels = two_outputs()
@@ -208,6 +212,7 @@ def test_it_moves_beside_masks_of_either_carrier(carrier):
     assert kc.sparsity(model) == pytest.approx(0.6, abs=0.01)
 
 
+@pytest.mark.once("jax")
 def test_it_moves_the_augmentation_of_a_distiller():
     augment = live(0)
     networks = [keras.Sequential([keras.Input((8, 8, 3)), layers.Flatten(), layers.Dense(10)]) for _ in range(2)]
@@ -346,6 +351,7 @@ def test_a_signal_that_is_no_number_is_an_error():
         fit(trainer(None), [kc.AdaptiveMagnitude(augment, lambda logs: float("nan"), 0.5)], 1)
 
 
+@pytest.mark.once("jax")
 def test_several_accuracies_are_an_error_that_asks_for_one():
     augment = live(0)
     metrics = ["accuracy", keras.metrics.SparseCategoricalAccuracy(name="again")]

@@ -9,22 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
 from scipy import stats
-from test_image_ops import NAMES, Drawn, photographs
+from test_image_ops import NAMES, Drawn, augmented, batch_of, photographs
 
 from kerascompress.augment import OPS, Op, RandAugment, RandomCrop
 from kerascompress.callbacks import MagnitudeScheduler
 from kerascompress.rounds import apply
 
 GRADED = [row.name for row in OPS if row.argument]
-
-
-def augmented(layer, images, **kwargs):
-    return ops.convert_to_numpy(layer(ops.convert_to_tensor(images), training=True, **kwargs))
-
-
-def batch_of(count, height=32, width=32):
-    images = photographs(height, width)
-    return np.concatenate([images] * -(-count // len(images)))[:count]
 
 
 # --- what is drawn ---
@@ -142,13 +133,9 @@ def test_the_magnitude_pair_is_live_too():
 # --- images ---
 
 
+@pytest.mark.parametrize(("dtype", "channels"), [("uint8", 1), ("float32", 3), ("float16", 1), ("bfloat16", 3)])
 @settings(max_examples=6, deadline=None)
-@given(
-    dtype=st.sampled_from(["uint8", "float32", "float16", "bfloat16"]),
-    channels=st.sampled_from([1, 3]),
-    magnitude=st.floats(0, 30, width=32),
-    seed=st.integers(0, 100),
-)
+@given(magnitude=st.floats(0, 30, width=32), seed=st.integers(0, 100))
 def test_output_has_the_shape_dtype_and_range_of_the_input(dtype, channels, magnitude, seed):
     images = ops.cast(photographs(9, 12)[..., :channels], dtype)
     output = RandAugment(magnitude=magnitude, seed=seed)(images, training=True)
@@ -160,53 +147,10 @@ def test_output_has_the_shape_dtype_and_range_of_the_input(dtype, channels, magn
     np.testing.assert_array_equal(values, np.round(values))
 
 
-@settings(max_examples=6, deadline=None)
-@given(data=st.data())
-def test_the_result_of_an_image_does_not_depend_on_its_neighbours(data):
-    images = batch_of(12)
-    op = np.array(data.draw(st.lists(st.integers(0, 13), min_size=12, max_size=12)))
-    sign = np.array(data.draw(st.lists(st.sampled_from([-1, 1]), min_size=12, max_size=12)))
-    magnitude = np.float32(data.draw(st.lists(st.floats(0, 30, width=32), min_size=12, max_size=12)))
-    together = augmented(Drawn([op, op[::-1]], [sign, sign]), images, magnitude=magnitude)
-    k = data.draw(st.integers(0, 11))
-    alone = augmented(
-        Drawn([op[k : k + 1], op[::-1][k : k + 1]], [sign[k : k + 1]] * 2),
-        images[k : k + 1],
-        magnitude=magnitude[k : k + 1],
-    )
-    np.testing.assert_array_equal(together[k], alone[0])
-
-
-@pytest.mark.parametrize("value_range", [(0, 255), (0, 1), (-1, 1)])
-def test_float_images_of_any_range_get_the_same_pixels(value_range):
-    images, (black, white) = batch_of(48), value_range
-    expected = augmented(RandAugment(magnitude=14, seed=1), images).astype("float64")
-    floats = (images / 255 * (white - black) + black).astype("float32")
-    output = augmented(RandAugment(magnitude=14, seed=1, value_range=value_range), floats)
-    assert output.dtype == np.float32
-    np.testing.assert_allclose(output, expected / 255 * (white - black) + black, atol=1e-6 * 255, rtol=0)
-    np.testing.assert_array_equal(np.round((output - black) / (white - black) * 255), expected)
-
-
 def test_a_single_image_is_augmented_like_a_batch_of_one():
     image = photographs(32, 32)[0]
     single = augmented(RandAugment(magnitude=14, seed=1), image)
     np.testing.assert_array_equal(single, augmented(RandAugment(magnitude=14, seed=1), image[None])[0])
-
-
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
-def test_mixed_precision_does_not_touch_the_pixels(policy):
-    images = batch_of(48)
-    expected = augmented(RandAugment(magnitude=(0, 30), seed=1), images)
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(policy)
-    try:
-        mixed = RandAugment(magnitude=(0, 30), seed=1)
-        output = augmented(mixed, images.astype("float32"))
-    finally:
-        keras.config.set_dtype_policy(before)
-    assert output.dtype == np.float32
-    np.testing.assert_array_equal(output, expected)
 
 
 def test_without_training_it_is_the_identity():

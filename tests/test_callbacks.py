@@ -86,6 +86,7 @@ def test_after_a_second_compile_masks_and_magnitude_still_follow_one_step():
     assert all(each[1:] == pytest.approx((4, 0.6), abs=1e-4) for each in seen.seen)
 
 
+@pytest.mark.once("jax")
 def test_with_a_new_pruning_optimizer_masks_and_magnitude_both_begin_anew():
     network = net()
     for initial, final in ((0.0, 0.4), (0.4, 0.6)):
@@ -149,6 +150,7 @@ def test_tfmots_documented_training_loop_prunes():
     assert int(model.get_layer("prune_low_magnitude_head").pruning_step) == 8
 
 
+@pytest.mark.once("jax")
 def test_an_augmentation_that_the_model_does_not_contain_is_refused_if_it_has_another():
     augment = kc.RandAugment(14)
     pruned = kc.prune_low_magnitude(keras.Sequential([keras.Input((8, 8, 3)), augment, net()]))
@@ -162,6 +164,7 @@ def test_an_augmentation_that_the_model_does_not_contain_is_refused_if_it_has_an
     assert float(copied.magnitude) == 4
 
 
+@pytest.mark.once("jax")
 def test_an_augmentation_outside_of_any_model_may_be_driven_and_one_in_a_distiller():
     augment, model = kc.RandAugment(14), net()
     model.compile("sgd", LOSS)
@@ -213,6 +216,7 @@ def test_a_checkpoint_of_tensorflow_between_two_batches_is_sparse_and_restores_m
     assert np.mean(restored.layers[1].layer.kernel.numpy() == 0) == 0.5
 
 
+@pytest.mark.once("jax")
 def test_layers_with_two_kernels_have_masks_of_two_paths(tmp_path):
     model = keras.Sequential([keras.Input((6, 3)), layers.Bidirectional(layers.LSTM(2)), layers.Dense(1)])
     pruned = kc.prune_low_magnitude(model, kc.ConstantSparsity(0.5, 0))

@@ -153,6 +153,7 @@ def test_total_loss_is_pytorchs():
     assert logs["loss"] == pytest.approx(1.7366201224913191, rel=1e-5)
 
 
+@pytest.mark.once("jax")
 def test_integer_column_and_one_hot_labels_are_the_same_and_smoothing_is_pytorchs():
     one_hot = np.eye(3, dtype="float32")[LABELS]
     assert logs_of_step(one_hot)["loss"] == pytest.approx(1.7366201224913191, rel=1e-5)
@@ -172,6 +173,7 @@ def test_sample_weights_scale_both_losses_of_an_image():
     assert np.all(np.abs(gradient[[0, 2, 3]]).sum(axis=1) > 0)
 
 
+@pytest.mark.once("jax")
 def test_weight_decay_of_the_student_is_in_the_loss_and_the_teachers_is_not():
     images, labels = data()
     model = distiller(num_candidates=1)
@@ -287,6 +289,7 @@ def test_one_candidate_is_no_selection():
     assert fixed["chosen_magnitude"] == [14.0]
 
 
+@pytest.mark.once("jax")
 def test_augment_may_be_a_function_or_a_sequence_in_which_magnitudes_are_found():
     def invert(images, training):
         return 255 - ops.cast(images, "float32")
@@ -341,6 +344,7 @@ def test_the_teacher_stays_bit_identical_and_trainable():
     assert all(layer.trainable for layer in teacher.layers)
 
 
+@pytest.mark.once("jax")
 def test_evaluate_and_predict_are_the_students():
     images, labels = data()
     model = distiller()
@@ -361,6 +365,7 @@ def test_evaluate_and_predict_are_the_students():
 # --- seeds, saving, resuming ---
 
 
+@pytest.mark.once("jax")
 def test_a_seed_reproduces_the_choices_and_the_training():
     first, second = (distiller(augment=light(seed=3)) for _ in range(2))
     histories = [
@@ -394,6 +399,7 @@ def test_saved_and_loaded_it_continues_bit_for_bit(tmp_path, save_teacher):
     assert_same(arrays(loaded.optimizer.variables), arrays(model.optimizer.variables))
 
 
+@pytest.mark.once("jax")
 def test_weights_bring_back_the_random_state_of_augmentation_and_student(tmp_path):
     images, labels = data()
 
@@ -421,6 +427,7 @@ def test_weights_bring_back_the_random_state_of_augmentation_and_student(tmp_pat
     assert not any(np.array_equal(*pair) for pair in zip(draw(model), expected, strict=True))
 
 
+@pytest.mark.once("jax")
 def test_checkpoints_hold_the_teacher_only_if_asked(tmp_path):
     sizes = {}
     for save_teacher in (False, True):
@@ -439,6 +446,7 @@ def by_candidate_loss(model):
     return ops.convert_to_numpy(model.draw_candidates(*data())["teacher_loss"])
 
 
+@pytest.mark.once("jax")
 def test_another_teacher_is_the_one_that_teaches_from_then_on():
     images, labels = data()
     model = distiller(augment=invert_the_second_candidate, num_candidates=1, optimizer=keras.optimizers.SGD(0.0))
@@ -490,6 +498,7 @@ def test_a_failed_fit_leaves_the_teacher_as_it_was():
     teacher.predict(data()[0], verbose=0)
 
 
+@pytest.mark.once("jax")
 def test_the_student_may_begin_with_the_weights_of_the_teacher():
     student, teacher = classifier(seed=1), classifier(seed=2)
     for mine, theirs in zip(student.variables, teacher.variables, strict=True):
@@ -548,6 +557,7 @@ def test_mixed_precision():
     assert {str(variable.dtype) for variable in model.student.trainable_variables} == {"float32"}
 
 
+@pytest.mark.once("jax")
 def test_the_teacher_may_run_in_bfloat16():
     teacher = classifier(6, seed=9)
     model = distiller(teacher=teacher, teacher_dtype="mixed_bfloat16")
@@ -588,7 +598,7 @@ def test_the_student_may_be_pruned_while_the_magnitude_follows():
     assert kc.sparsity(kc.strip_pruning(model.student)) == pytest.approx(0.5, abs=0.02)
 
 
-@pytest.mark.once("jax")
+@pytest.mark.once
 @pytest.mark.parametrize("build", [kc.models.mobilenet_v2, kc.models.shufflenet_v2])
 def test_the_mobile_networks_distil(build):
     student = build(CLASSES, width=0.1, input_shape=(SIZE, SIZE, 3))
@@ -650,6 +660,7 @@ class Subclassed(keras.Model):
         return logits * self.gate(logits)
 
 
+@pytest.mark.once("jax")
 def test_a_subclassed_student_must_be_built_and_then_works():
     student = Subclassed()
     with pytest.raises(ValueError, match=r"built model with one input.*Call it once on a batch"):
@@ -679,6 +690,7 @@ def probabilities(how):
     return keras.Model(x, how(logits))
 
 
+@pytest.mark.once("jax")
 @pytest.mark.parametrize(
     ("build", "message"),
     [

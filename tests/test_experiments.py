@@ -60,6 +60,7 @@ def one_layer(run, seed=None):
     return keras.Sequential([keras.Input(training.data_of(run).input_shape), *layers], name="one_layer")
 
 
+@pytest.mark.once("jax")
 def test_smoke_leaves_rows_and_figure(smoke):
     folder, rows = smoke
     assert [(row["arm"], row["sparsity"], row["magnitude"]) for row in rows] == [

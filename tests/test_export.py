@@ -97,6 +97,7 @@ def test_resnet20_at_80_percent_runs_with_tensorflow_alone_as_sparse_as_reported
     assert report.gzip_bytes < export_saved_model(dense, tmp_path / "dense").gzip_bytes / 2
 
 
+@pytest.mark.once
 @pytest.mark.quick
 def test_report_is_written_into_the_folder_and_prints_as_a_table(tmp_path):
     report = export_saved_model(pruned(tiny(), 0.5), tmp_path / "net")
@@ -109,6 +110,7 @@ def test_report_is_written_into_the_folder_and_prints_as_a_table(tmp_path):
     assert f"{report.nonzeros:,} of them not zero" in str(report)
 
 
+@pytest.mark.once
 def test_every_weight_is_stored_once(tmp_path):
     import tensorflow as tf
 
@@ -119,6 +121,7 @@ def test_every_weight_is_stored_once(tmp_path):
     assert sum(math.prod(shape) for shape in shapes) == model.count_params()
 
 
+@pytest.mark.once
 def test_the_model_stays_as_it_is(tmp_path):
     model = pruned(tiny(), 0.5)
     wrappers = [layer for layer in model.layers if isinstance(layer, PruneLowMagnitude)]
@@ -154,6 +157,7 @@ def test_augmentation_layers_leave_nothing(tmp_path):
     np.testing.assert_allclose(loaded.serve(x), outputs(net, x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.once
 def test_reduced_precision(tmp_path):
     keras.config.set_dtype_policy("mixed_bfloat16")
     assert export_saved_model(pruned(tiny(), 0.5), tmp_path / "net").max_error < 5e-2
@@ -170,6 +174,7 @@ def test_an_existing_path_is_refused_and_left_intact(tmp_path):
     assert everything_in(tmp_path) == before
 
 
+@pytest.mark.once
 def test_overwrite_replaces_a_saved_model(tmp_path):
     export_saved_model(tiny(), tmp_path / "net")
     model = tiny(seed=5)
@@ -179,6 +184,7 @@ def test_overwrite_replaces_a_saved_model(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["net"]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", ["crash", "wrong", "nan", "interrupt"])
 def test_a_failed_export_leaves_everything_as_it_was(tmp_path, monkeypatch, kind):
     def run(folder, x):
@@ -243,6 +249,7 @@ def sparse_tensors(path):
     return {t.Shape(0): t.Sparsity().BlockMapLength() for t in tensors if t.Sparsity() is not None}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("block_size", "stored", "reason"),
     [
@@ -265,6 +272,7 @@ def test_few_zeros_are_stored_as_they_are(tmp_path):
     assert sparse_tensors(tmp_path / "net.tflite") == {}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("quantize", "bytes_per_weight", "error"),
     [(None, 4, 1e-5), ("float16", 2, 2e-3), ("dynamic", 1, 0.05), ("int8", 1, 0.05)],
@@ -316,6 +324,7 @@ def test_a_convolutional_network_in_int8_keeps_its_batch_norm_and_answers(tmp_pa
     assert report.raw_bytes < export_litert(model, tmp_path / "dense.tflite").raw_bytes / 2
 
 
+@pytest.mark.once
 def test_an_int8_file_that_lost_too_much_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(litert, "run", lambda file, named: {"output_0": 1.3 * outputs(model, named["images"])})
     model = dense_network()
@@ -457,6 +466,7 @@ def test_models_that_cannot_be_exported_are_refused(tmp_path):
     assert not everything_in(tmp_path)
 
 
+@pytest.mark.once
 def test_images_of_ones_own(tmp_path):
     model = keras.Sequential([keras.Input((4,), dtype="int32"), keras.layers.Embedding(3, 2), keras.layers.Flatten()])
     export_saved_model(model, tmp_path / "net", images=np.array([[0, 1, 2, 0]]))

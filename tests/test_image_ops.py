@@ -3,6 +3,8 @@
 import keras
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from keras import ops
 from PIL import Image, ImageEnhance, ImageOps
 from sklearn.datasets import load_sample_images
@@ -102,6 +104,15 @@ def check_against_pillow(output, cases, images, **kwargs):
         equal = np.all(ours == expected, axis=-1).mean()
         needed = 0.995 if name in ("Rotate", "ShearX", "ShearY") else 1.0
         assert equal >= needed, (name, magnitude, sign, equal)
+
+
+def augmented(layer, images, **kwargs):
+    return ops.convert_to_numpy(layer(ops.convert_to_tensor(images), training=True, **kwargs))
+
+
+def batch_of(count, height=32, width=32):
+    images = photographs(height, width)
+    return np.concatenate([images] * -(-count // len(images)))[:count]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -214,3 +225,49 @@ def test_operations_come_as_functions_too():
     solarized = ops.convert_to_numpy(image_ops.lookup(images, image_ops.to_bytes(table)))
     for k, image in enumerate(ops.convert_to_numpy(images)):
         np.testing.assert_array_equal(solarized[k], ImageOps.solarize(Image.fromarray(image), 255 - k * 51))
+
+
+# --- the layer, to the bit ---
+
+
+@settings(max_examples=6, deadline=None)
+@given(data=st.data())
+def test_the_result_of_an_image_does_not_depend_on_its_neighbours(data):
+    images = batch_of(12)
+    op = np.array(data.draw(st.lists(st.integers(0, 13), min_size=12, max_size=12)))
+    sign = np.array(data.draw(st.lists(st.sampled_from([-1, 1]), min_size=12, max_size=12)))
+    magnitude = np.float32(data.draw(st.lists(st.floats(0, 30, width=32), min_size=12, max_size=12)))
+    together = augmented(Drawn([op, op[::-1]], [sign, sign]), images, magnitude=magnitude)
+    k = data.draw(st.integers(0, 11))
+    alone = augmented(
+        Drawn([op[k : k + 1], op[::-1][k : k + 1]], [sign[k : k + 1]] * 2),
+        images[k : k + 1],
+        magnitude=magnitude[k : k + 1],
+    )
+    np.testing.assert_array_equal(together[k], alone[0])
+
+
+@pytest.mark.parametrize("value_range", [(0, 255), (0, 1), (-1, 1)])
+def test_float_images_of_any_range_get_the_same_pixels(value_range):
+    images, (black, white) = batch_of(48), value_range
+    expected = augmented(RandAugment(magnitude=14, seed=1), images).astype("float64")
+    floats = (images / 255 * (white - black) + black).astype("float32")
+    output = augmented(RandAugment(magnitude=14, seed=1, value_range=value_range), floats)
+    assert output.dtype == np.float32
+    np.testing.assert_allclose(output, expected / 255 * (white - black) + black, atol=1e-6 * 255, rtol=0)
+    np.testing.assert_array_equal(np.round((output - black) / (white - black) * 255), expected)
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_mixed_precision_does_not_touch_the_pixels(policy):
+    images = batch_of(48)
+    expected = augmented(RandAugment(magnitude=(0, 30), seed=1), images)
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        mixed = RandAugment(magnitude=(0, 30), seed=1)
+        output = augmented(mixed, images.astype("float32"))
+    finally:
+        keras.config.set_dtype_policy(before)
+    assert output.dtype == np.float32
+    np.testing.assert_array_equal(output, expected)

@@ -16,6 +16,7 @@ from experiments import fig4_inherit_pruning as fig4
 from experiments import fig6_inherit_layers as fig6
 from experiments import keeper, plot, training
 
+pytestmark = pytest.mark.once("jax")
 ROOT = pathlib.Path(__file__).parents[1]
 
 

@@ -98,6 +98,7 @@ def test_mobilenets_channels_are_multiples_of_8_that_lose_at_most_a_tenth():
     assert [channels_of_mobilenet(exact) for exact in (3.2, 11.9, 10.56, 8.8, 24.0)] == [8, 16, 16, 8, 24]
 
 
+@pytest.mark.once("jax")
 def test_shufflenets_channels_are_even_numbers_at_any_width():
     model = models.shufflenet_v2(5, width=0.01, input_shape=(8, 8, 3))
     assert [model.get_layer(f"stage{stage}_block0_shuffle").output.shape[-1] for stage in (1, 2, 3)] == [2, 2, 4]
@@ -255,6 +256,7 @@ def test_dropout_stands_before_the_logits():
     assert model.get_layer("dropout").rate == 0.2
 
 
+@pytest.mark.once("jax")
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("input_shape", [(5, 4, 6), (None, None, 6)])
 def test_a_block_is_keras_alone_and_one_more_fits_behind_a_loaded_one(block, input_shape, tmp_path):

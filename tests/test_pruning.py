@@ -358,7 +358,7 @@ def test_masks_change_at_an_update_alone_and_what_is_masked_is_zero_after_every_
 # --- saving and resuming ---
 
 
-@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("scope", [pytest.param("layer", marks=pytest.mark.once("jax")), "global"])
 def test_saved_files_are_sparse_and_training_goes_on_bit_identically(tmp_path, scope):
     def start():
         keras.utils.clear_session()
@@ -439,7 +439,7 @@ def test_restored_weights_bring_their_step_back(tmp_path):
     assert stored_step(model) == 8 * (1 + 1 + stop.best_epoch)
 
 
-@pytest.mark.parametrize("backup_first", [False, True])
+@pytest.mark.parametrize("backup_first", [pytest.param(False, marks=pytest.mark.once("jax")), True])
 def test_backup_and_restore_resumes_bit_identically(tmp_path, backup_first):
     class Die(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):

@@ -217,6 +217,7 @@ def test_the_score_is_minus_the_objective_of_equation_3_or_the_accuracy():
     assert kc.validation_score(model, images, labels) == np.mean(logits.argmax(1) == labels)
 
 
+@pytest.mark.once("jax")
 def test_the_score_is_on_augmented_images_if_asked_and_the_same_for_the_same_seed():
     images, labels = np.random.default_rng(0).integers(0, 256, (40, 4, 4, 1), "uint8"), np.arange(40) % 5
     model = keras.Sequential([keras.Input((4, 4, 1)), keras.layers.Flatten(), keras.layers.Dense(5)])
@@ -230,6 +231,7 @@ def test_the_score_is_on_augmented_images_if_asked_and_the_same_for_the_same_see
     assert score(20, ["Identity", "Solarize"]) == score(20, ["Identity", "Solarize"])
 
 
+@pytest.mark.once("jax")
 def test_a_search_on_real_digits_with_real_trainings_prefers_moderate_magnitudes_to_breaking_ones():
     datasets = pytest.importorskip("sklearn.datasets")
     digits = datasets.load_digits()
