@@ -34,17 +34,21 @@ print(json.dumps({"environment": dict(os.environ) == before, "new": sorted(new)}
 
 
 @pytest.mark.once
-def test_after_a_schedule_is_used_tf_keras_is_still_keras_3_and_keras_cv_still_imports():
+def test_after_a_schedule_is_used_tf_keras_is_still_keras_3_and_keras_cv_which_was_not_imported_still_imports():
     seen = run_python("""
-import json, os
+import json, os, sys
 import kerascompress as kc
 kc.PolynomialDecay(0.0, 0.5, 0, 10)
+found = {"keras_cv": "keras_cv" in sys.modules}
 import tensorflow as tf
-import keras_cv
-print(json.dumps({"keras": tf.keras.__version__, "legacy": os.environ.get("TF_USE_LEGACY_KERAS"),
-                  "layer": keras_cv.layers.RandAugment.__name__}))
+from kerascompress import keras_cv
+layer = keras_cv.RandAugment((0, 255))
+layer.magnitude.assign(4)
+found |= {"keras": tf.keras.__version__, "legacy": os.environ.get("TF_USE_LEGACY_KERAS")}
+print(json.dumps(found | {"magnitude": float(layer.magnitude), "layer": type(layer).__mro__[1].__module__}))
 """)
-    assert seen == {"keras": keras.__version__, "legacy": None, "layer": "RandAugment"}
+    assert seen.pop("layer").startswith("keras_cv.")
+    assert seen == {"keras_cv": False, "keras": keras.__version__, "legacy": None, "magnitude": 4}
 
 
 @pytest.mark.parametrize("name", ["PolynomialDecay", "ConstantSparsity"])
