@@ -81,6 +81,7 @@ def test_smoke_leaves_rows_and_figure(smoke):
     assert not list(folder.glob("checkpoints/*/state.npz"))  # a finished run keeps its network, not its optimizer
 
 
+@pytest.mark.once("jax")
 def test_second_call_has_nothing_to_do_and_prints_the_table(smoke, monkeypatch, capsys, smoke_run):
     folder, rows = smoke
     before = (folder / "rows.jsonl").read_bytes()
@@ -93,7 +94,8 @@ def test_second_call_has_nothing_to_do_and_prints_the_table(smoke, monkeypatch, 
 KILLED = """
 import os
 from absl import app
-from experiments import fig3_magnitude_decay as fig3, keeper
+from experiments import fig3_magnitude_decay as fig3, keeper, training
+from test_experiments import one_layer
 
 save, saved = keeper.save_arrays, []
 
@@ -103,19 +105,23 @@ def save_once(path, meta, **groups):
     saved.append(save(path, meta, **groups))
 
 keeper.save_arrays, keeper.SAVE_EVERY = save_once, 0
+training.build_model = one_layer
 app.run(fig3.main)
 """
 OPTIMIZE = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as conftest.py has it: other machine code rounds otherwise
 
 
-def test_run_killed_in_a_pruning_stage_goes_on_to_the_same_result_bit_for_bit(smoke, tmp_path, monkeypatch, smoke_run):
-    folder, expected_rows = smoke
+def test_run_killed_in_a_pruning_stage_goes_on_to_the_same_result_bit_for_bit(tmp_path, monkeypatch, smoke_run):
+    monkeypatch.setattr(training, "build_model", one_layer)
+    folder = tmp_path / "whole"
+    expected_rows = smoke_run(fig3, folder)
     for stage in folder.glob("checkpoints/*"):
         if "arm=decayed,p=0.6" not in stage.name:
             shutil.copytree(stage, tmp_path / "checkpoints" / stage.name)
     command = [sys.executable, "-c", KILLED, "--dataset=digits", "--smoke"]
     command += [f"--results={tmp_path}/rows.jsonl", f"--checkpoints={tmp_path}/checkpoints"]
-    assert subprocess.run(command, cwd=ROOT, env=os.environ | OPTIMIZE, capture_output=True).returncode == 9
+    environment = os.environ | OPTIMIZE | {"PYTHONPATH": os.pathsep.join(["tests", os.environ.get("PYTHONPATH", "")])}
+    assert subprocess.run(command, cwd=ROOT, env=environment, capture_output=True).returncode == 9
     assert len(list(tmp_path.glob("checkpoints/*/state.npz"))) == 1
 
     first, fit = [], keras.Sequential.fit

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from test_experiments import one_layer
 
 from experiments import fig7_teacher_filter as fig7
 from experiments import keeper, training
@@ -13,6 +14,14 @@ pytestmark = pytest.mark.once("jax")
 
 TEACHER = "resnet8w8x2 M=14 seed=10000"
 SECONDS = {"seconds": 0, "seconds_per_epoch": 0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    """Teacher and students that compile in no time."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(training, "build_model", one_layer)
+        yield
 
 
 @pytest.fixture(scope="module")
