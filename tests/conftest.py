@@ -9,14 +9,8 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-LONG = (
-    "test_keras_hub",
-    "test_teacher_filter",
-    "test_adaptive_experiments",
-    "test_readme",
-    "test_trajectory",
-    "test_demo",
-)
+LONG = {"augment", "channels", "devices", "distill", "export", "image_ops", "keras_cv", "keras_hub", "models"}
+LONG |= {"adaptive_experiments", "optimizer", "pruning", "readme", "schemes", "teacher_filter", "trajectory"}
 IN_OTHERS = ("test_experiments", "test_inherit_experiments")  # processes, with the same last bits
 QUICK_XLA = "xla_cpu_use_fusion_emitters"  # without them XLA compiles in two thirds of the time
 EXACT = ("test_image_ops",)  # what it claims to the bit must hold as a user's program is compiled
@@ -24,7 +18,7 @@ EXACT = ("test_image_ops",)  # what it claims to the bit must hold as a user's p
 
 def pytest_collection_modifyitems(items):
     on_tensorflow = keras.backend.backend() == "tensorflow"
-    items.sort(key=lambda item: item.path.stem not in LONG)  # first, so that two processes end together
+    items.sort(key=lambda item: item.path.stem[5:] not in LONG)  # first, so that two processes end together
     for item in items:
         if item.get_closest_marker("tensorflow_only") and not on_tensorflow:
             item.add_marker(pytest.mark.skip(reason=f"needs the TensorFlow backend; this is {keras.backend.backend()}"))

@@ -1,9 +1,10 @@
 """What `make demo` trains, and the sentence that it ends with."""
 
 import pytest
+from test_experiments import one_layer
 
 import kerascompress as kc
-from experiments import demo
+from experiments import demo, training
 
 
 @pytest.mark.once("jax")
@@ -12,6 +13,7 @@ def test_the_magnitude_follows_the_sparsity_and_the_sentence_says_what_strength_
 ):
     scheduler, followed = kc.MagnitudeScheduler, []
     monkeypatch.setattr(kc, "MagnitudeScheduler", lambda augment, m: followed.append(m) or scheduler(augment, m))
+    monkeypatch.setattr(training, "build_model", one_layer)
     rows = smoke_run(demo, tmp_path)
     assert {(row["arm"], row["sparsity"]): row["magnitude"] for row in rows} == {
         ("none", 0.0): None,

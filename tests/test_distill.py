@@ -377,7 +377,7 @@ def test_a_seed_reproduces_the_choices_and_the_training():
     assert other["first_kept"] != histories[0]["first_kept"]
 
 
-@pytest.mark.parametrize("save_teacher", [False, True])
+@pytest.mark.parametrize("save_teacher", [pytest.param(False, marks=pytest.mark.once("jax")), True])
 def test_saved_and_loaded_it_continues_bit_for_bit(tmp_path, save_teacher):
     images, labels = data()
     teacher = classifier(6, seed=9)
