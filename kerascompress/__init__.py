@@ -13,14 +13,16 @@ from kerascompress.augment import Op, RandAugment, RandomCrop
 from kerascompress.callbacks import MagnitudeScheduler, PruningSummaries, UpdatePruningStep
 from kerascompress.channels import prune_channels
 from kerascompress.costs import summary
-from kerascompress.distill import Distiller, distillation_loss, select_candidates
+from kerascompress.distill import Distiller
 from kerascompress.export import export_litert, export_saved_model
 from kerascompress.latency import LatencyPolicy
+from kerascompress.losses import distillation_loss, select_candidates
 from kerascompress.optimizer import PruningOptimizer
-from kerascompress.pruning import PruneLowMagnitude, prune_low_magnitude, prune_now, sparsity, strip_pruning
+from kerascompress.pruning import prune_low_magnitude, prune_now, sparsity, strip_pruning
 from kerascompress.schedules import SparsityLinkedMagnitude
 from kerascompress.schemes import baseline_a, baseline_b, discard, extend, inherit
 from kerascompress.search import search_magnitude, validation_score
+from kerascompress.wrapper import PruneLowMagnitude
 
 __all__ = [
     "AdaptiveMagnitude",

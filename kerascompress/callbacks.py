@@ -13,8 +13,9 @@ import keras
 import numpy as np
 
 from kerascompress.augment import check_driven, check_in_model
-from kerascompress.pruning import PruneLowMagnitude, _numpy, _wrappers, pruning_vars, sparsity, update_masks
+from kerascompress.pruning import pruning_vars, sparsity
 from kerascompress.schedules import last_due
+from kerascompress.wrapper import PruneLowMagnitude, _numpy, update_masks, wrappers_in
 
 
 class StepCallback(keras.callbacks.Callback):
@@ -95,7 +96,7 @@ class UpdatePruningStep(StepCallback):
 
     def on_train_begin(self, logs=None):
         self._groups: dict[Any, list[PruneLowMagnitude]] = {}
-        for wrapper in _wrappers(self.model):
+        for wrapper in wrappers_in(self.model):
             wrapper._is_driven = True
             self._groups.setdefault(_group(wrapper), []).append(wrapper)
         if not self._groups:
@@ -263,7 +264,7 @@ def _optimizers(model: keras.Model) -> list[Any]:
 
 def _clock(model: keras.Model) -> int:
     """The updates done, as pruned layers have stored them, or else the optimizer."""
-    steps = [wrapper.stored_step() for wrapper in _wrappers(model) if wrapper.built]
+    steps = [wrapper.stored_step() for wrapper in wrappers_in(model) if wrapper.built]
     if steps:
         return max(0, *steps)
     optimizer = _optimizers(model)[-1]

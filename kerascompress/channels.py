@@ -10,7 +10,7 @@ from keras import ops
 from kerascompress import graph
 from kerascompress.follow import FIXED, Followed, Labels
 from kerascompress.masks import finite_weights
-from kerascompress.pruning import PruneLowMagnitude
+from kerascompress.wrapper import PruneLowMagnitude
 
 KERNELS = ("kernel", "depthwise_kernel", "pointwise_kernel")
 

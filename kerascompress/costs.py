@@ -9,7 +9,8 @@ import numpy as np
 from keras import layers, ops
 
 from kerascompress import graph
-from kerascompress.pruning import PruneLowMagnitude, kernels_of, prunable_weights, strip_pruning
+from kerascompress.pruning import kernels_of, strip_pruning
+from kerascompress.wrapper import PruneLowMagnitude, prunable_weights
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,75 +9,7 @@ from typing import Any
 import keras
 from keras import ops as kops
 
-from kerascompress import graph, rounds
-
-
-def distillation_loss(teacher_logits, student_logits, temperature: float = 1.0):
-    """Hinton's loss of every image, `τ² · KL(softmax(teacher / τ), softmax(student / τ))`.
-
-    Args:
-        teacher_logits: float `(..., classes)`.
-        student_logits: float `(..., classes)`.
-        temperature: τ, positive; what both logits are divided by. The square keeps the gradient's size.
-
-    Returns:
-        float32 `(...)`, at least 0 up to rounding.
-
-    Raises:
-        ValueError: If `temperature` is not positive.
-
-    Example:
-        >>> import numpy as np
-        >>> loss = distillation_loss(np.array([[0.0, 2.0]]), np.array([[1.0, 1.0]]), temperature=2.0)
-        >>> print(f"{float(loss[0]):.4f}")
-        0.4438
-
-    Reference:
-        Hinton, Vinyals, Dean: "Distilling the Knowledge in a Neural Network", 2015; Yu, Zhang, Ma, "Revisiting Data
-        Augmentation in Model Compression", Equation 4, which prints the cross-entropy: the same gradient, but not the
-        same value, which matters where losses are compared (Equation 6).
-    """
-    if not temperature > 0:
-        raise ValueError(f"`temperature` must be positive. Received: temperature={temperature}.")
-    log_teacher = kops.log_softmax(kops.cast(teacher_logits, "float32") / temperature, axis=-1)
-    log_student = kops.log_softmax(kops.cast(student_logits, "float32") / temperature, axis=-1)
-    teacher = kops.exp(log_teacher)
-    return temperature**2 * kops.sum(kops.where(teacher > 0, teacher * (log_teacher - log_student), 0.0), axis=-1)
-
-
-def select_candidates(teacher_loss, divergence, ce_weight: float = 1.0, kl_weight: float = 1.0):
-    """Equation 6: which candidate the teacher gets right, and the student still has to learn.
-
-    `argmin over candidates of ce_weight * CE(teacher, label) - kl_weight * KL(teacher, student)`
-
-    Args:
-        teacher_loss: The teacher's cross-entropy, float `(num_candidates, batch)`.
-        divergence: KL of teacher and student, float `(num_candidates, batch)`.
-        ce_weight: α of Equation 6, at least 0.
-        kl_weight: β of Equation 6, at least 0.
-
-    Returns:
-        int32 `(batch,)`: the index of the candidate; of equal ones the first.
-
-    Raises:
-        ValueError: If a weight is negative, or both are 0.
-
-    Example:
-        >>> import numpy as np
-        >>> teacher_loss, divergence = np.array([[0.1], [0.2], [3.0]]), np.array([[0.5], [1.5], [2.0]])
-        >>> print(int(select_candidates(teacher_loss, divergence)[0]))
-        1
-
-    Reference:
-        Yu, Zhang, Ma, "Revisiting Data Augmentation in Model Compression", Equation 6.
-    """
-    if not (ce_weight >= 0 and kl_weight >= 0 and ce_weight + kl_weight > 0):
-        raise ValueError(
-            "`ce_weight` and `kl_weight` must be at least 0, and one of them positive. "
-            f"Received: ce_weight={ce_weight}, kl_weight={kl_weight}. For no selection, set num_candidates=1."
-        )
-    criterion = ce_weight * kops.cast(teacher_loss, "float32") - kl_weight * kops.cast(divergence, "float32")
-    return kops.cast(kops.argmin(criterion, axis=0), "int32")
+from kerascompress import graph, losses, rounds
 
 
 @keras.saving.register_keras_serializable("kerascompress")
@@ -154,7 +86,7 @@ class Distiller(keras.Model):
         super().__init__(**{"autocast": False, "dtype": getattr(student, "dtype_policy", None), **kwargs})
         self._held = types.SimpleNamespace(teacher=None, runs=None)  # hides the teacher from Keras' tracking
         _check_numbers(num_candidates, alpha, temperature=temperature, selection_temperature=selection_temperature)
-        select_candidates([[0.0]], [[0.0]], ce_weight, kl_weight)
+        losses.select_candidates([[0.0]], [[0.0]], ce_weight, kl_weight)
         if not callable(augment):
             raise TypeError(
                 f"`augment` must be a layer or function of images, such as RandAugment. Received: augment={augment!r}."
@@ -236,7 +168,7 @@ class Distiller(keras.Model):
         `keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=0.1)`. A loss class of your own has to
         take logits. There are no `loss_weights`: `alpha` weighs.
         """
-        loss = _CrossEntropy() if loss is None else keras.losses.get(loss)
+        loss = losses.CrossEntropy() if loss is None else keras.losses.get(loss)
         from_keras = type(loss).__module__.startswith("keras.")
         if not isinstance(loss, keras.losses.Loss) or not loss.get_config().get("from_logits", not from_keras):
             raise ValueError(
@@ -344,14 +276,16 @@ class Distiller(keras.Model):
 
         views["images"] = by_candidate(candidates)
         views["teacher_logits"] = logits(self._held.runs)
-        views["teacher_loss"] = _cross_entropy(labels, views["teacher_logits"])
+        views["teacher_loss"] = losses.cross_entropy(labels, views["teacher_logits"])
         if n > 1 and self.kl_weight > 0:
-            views["divergence"] = distillation_loss(
+            views["divergence"] = losses.distillation_loss(
                 views["teacher_logits"], logits(self.student), self.selection_temperature
             )
         else:
             views["divergence"] = kops.zeros_like(views["teacher_loss"])
-        views["chosen"] = select_candidates(views["teacher_loss"], views["divergence"], self.ce_weight, self.kl_weight)
+        views["chosen"] = losses.select_candidates(
+            views["teacher_loss"], views["divergence"], self.ce_weight, self.kl_weight
+        )
         return views
 
     def train_step(self, *args):
@@ -384,13 +318,13 @@ class Distiller(keras.Model):
             return super().compute_loss(x, y, y_pred, sample_weight, training)
         per_image = {
             "student_loss": self.loss.call(y, y_pred),
-            "distillation_loss": distillation_loss(x["teacher_logits"], y_pred, self.temperature),
+            "distillation_loss": losses.distillation_loss(x["teacher_logits"], y_pred, self.temperature),
             "chosen_magnitude": x.get("magnitude"),
             "first_kept": x["chosen"] == 0,
         }
         for name, mean in self._means.items():
             mean.update_state(kops.cast(per_image[name], "float32"))
-        distillation = _Distillation(self.temperature, self.loss)(x["teacher_logits"], y_pred, sample_weight)
+        distillation = losses.Distillation(self.temperature, self.loss)(x["teacher_logits"], y_pred, sample_weight)
         loss = self.alpha * self.loss(y, y_pred, sample_weight) + (1 - self.alpha) * distillation
         return loss + sum(self._aggregate_additional_loss(penalty) for penalty in self.losses)
 
@@ -449,44 +383,6 @@ def _no_gradient():
     import torch
 
     return torch.no_grad()
-
-
-@keras.saving.register_keras_serializable("kerascompress")
-class _CrossEntropy(keras.losses.Loss):
-    def __init__(self, name="cross_entropy", **kwargs):
-        super().__init__(name=name, **kwargs)
-
-    def call(self, y_true, y_pred):
-        return _cross_entropy(y_true, y_pred)
-
-
-class _Distillation(keras.losses.Loss):
-    """`distillation_loss` averaged as Keras averages losses: weighted, and over the replicas of a strategy."""
-
-    def __init__(self, temperature, like):
-        super().__init__(name="distillation", reduction=like.reduction, dtype=like.dtype)
-        self.temperature = temperature
-
-    def call(self, teacher_logits, student_logits):
-        return kops.cast(distillation_loss(teacher_logits, student_logits, self.temperature), self.dtype)
-
-
-def _cross_entropy(labels, logits):
-    """Of logits `(..., batch, classes)` and labels, int `(batch,)` or `(batch, 1)` or one-hot: `(..., batch)`."""
-    classes = logits.shape[-1]
-    if len(labels.shape) > 2 or (len(labels.shape) == 2 and labels.shape[1] not in (1, classes)):
-        raise ValueError(
-            f"Labels must be integers, (batch,) or (batch, 1), or one-hot, (batch, {classes}). "
-            f"Received: labels of shape {tuple(labels.shape)}."
-        )
-    log_probabilities = kops.log_softmax(kops.cast(logits, "float32"), axis=-1)
-    if len(labels.shape) == 1 or labels.shape[1] == 1:
-        labels = kops.cast(kops.reshape(labels, (-1,)), "int32")
-        a_class = (labels >= 0) & (labels < classes)
-        of_class = kops.one_hot(kops.where(a_class, labels, 0), classes, dtype="float32")
-        loss = -kops.sum(of_class * log_probabilities, axis=-1)
-        return kops.where(a_class, loss, float("nan"))  # no class: nothing to learn quietly
-    return -kops.sum(kops.cast(labels, "float32") * log_probabilities, axis=-1)
 
 
 def _check_numbers(num_candidates, alpha, **temperatures):

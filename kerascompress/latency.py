@@ -7,7 +7,7 @@ import numpy as np
 from keras import layers
 
 from kerascompress import graph
-from kerascompress.pruning import PruneLowMagnitude
+from kerascompress.wrapper import PruneLowMagnitude
 
 LEAST_SPARSITY = 0.3  # LiteRT's converter stores a kernel sparsely from here on
 LEAST_IN_BLOCKS = 0.9  # and in blocks, if they hold this fraction of its zeros

@@ -10,10 +10,11 @@ from typing import Any
 
 import keras
 
-from kerascompress import graph, pruning
+from kerascompress import graph
 from kerascompress.models.mobilenet_v2 import inverted_residual
 from kerascompress.models.resnet import basic_block
 from kerascompress.models.shufflenet_v2 import shuffle_unit
+from kerascompress.wrapper import wrappers_in
 
 Fit = Callable[[keras.Model, float | None], Any]  # fit(model, magnitude); None is no RandAugment
 Shrink = Callable[[keras.Model], keras.Model]
@@ -164,7 +165,7 @@ def extend(
     _check_model(model, "extend")
     if not isinstance(extra_blocks, int) or extra_blocks < 1:
         raise ValueError(f"`extra_blocks` must be a whole number of at least 1. Received: extra_blocks={extra_blocks}.")
-    if any(pruning._wrappers(model)):
+    if any(wrappers_in(model)):
         raise ValueError(
             f"`extend` comes before pruning. Received: {model.name!r} with pruned layers. "
             "Pass the dense model, or `strip_pruning(model)`."
@@ -181,7 +182,7 @@ def extend(
             f"needs a layer 'head' or 'pool' that follows them. Received: features={features!r} for {model.name!r} "
             f"with the layers {names}. If the network is one of these layers, extend that one and put it back."
         )
-    weight_decay = _weight_decay(model)
+    settings = {"weight_decay": _weight_decay(model), "seed": seed}
     inputs: list[Any] = []
 
     def append(x):
@@ -191,23 +192,7 @@ def extend(
                 "`extend` needs a place that one tensor passes once. "
                 f"Received: {features or behind!r} of {model.name!r}, {len(inputs)} times, with {x}."
             )
-        if block is None and len(x.shape) != 4:
-            raise ValueError(
-                "The extra blocks are convolutions, for features of shape (batch, height, width, channels). "
-                f"Received: {x.shape} at {features or behind!r} of {model.name!r}. Pass a builder of your own: "
-                "`block=`."
-            )
-        build = block or _block_before(x)
-        extended = keras.layers.Identity(name=BEGIN)(x)
-        for index in range(extra_blocks):
-            name = f"extra_block{index}"
-            extended = build(extended, x.shape[-1], name=name, weight_decay=weight_decay, seed=seed)
-        if extended.shape != x.shape:
-            raise ValueError(
-                "A block must return the shape that it got, or the classifier could not stay when it is discarded. "
-                f"Received: {tuple(extended.shape)} from {tuple(x.shape)}, channels last."
-            )
-        return keras.layers.Identity(name=END)(extended)
+        return _with_blocks(x, extra_blocks, block, features or behind, **settings)
 
     def call(old, layer, *args, **kwargs):
         if old.name == behind:
@@ -216,6 +201,25 @@ def extend(
         return append(outputs) if old.name == features else outputs
 
     return graph.rebuild(model, graph.copy, call)
+
+
+def _with_blocks(x, count: int, block: Callable[..., Any] | None, place: Any, **settings):
+    """Returns features behind so many blocks, between two markers at which `discard` cuts."""
+    if block is None and len(x.shape) != 4:
+        raise ValueError(
+            "The extra blocks are convolutions, for features of shape (batch, height, width, channels). "
+            f"Received: {x.shape} at {place!r}. Pass a builder of your own: `block=`."
+        )
+    build = block or _block_before(x)
+    extended = keras.layers.Identity(name=BEGIN)(x)
+    for index in range(count):
+        extended = build(extended, x.shape[-1], name=f"extra_block{index}", **settings)
+    if extended.shape != x.shape:
+        raise ValueError(
+            "A block must return the shape that it got, or the classifier could not stay when it is discarded. "
+            f"Received: {tuple(extended.shape)} from {tuple(x.shape)}, channels last."
+        )
+    return keras.layers.Identity(name=END)(extended)
 
 
 def discard(model: keras.Model) -> keras.Model:

@@ -116,39 +116,20 @@ def search_magnitude(
         candidates = sorted(choice, key=lambda magnitude: abs(magnitude - line))[:NEAREST]
     rungs = _rungs(len(candidates), epochs) if halving and epochs else [(len(candidates), epochs)]
     planned = sum(count + 1 for count, _ in rungs) * len(each_seed)
-    known = _load(file)
-    trials: dict[Key, float] = {}
-
-    def run(magnitude, budget, seed):
-        key = (magnitude, budget, seed)
-        settings = {name: value for name, value in (("epochs", budget), ("seed", seed)) if value is not None}
-        if key not in known:
-            known[key] = _number(train_and_score(magnitude, **settings), magnitude)
-            _save(file, known)
-        trials[key] = known[key]
-        if verbose:
-            said = "".join(f", {name} {value}" for name, value in settings.items())
-            print(f"[{len(trials)}/{planned}] M = {magnitude}{said}: {trials[key]:.4f}", flush=True)
-        if not math.isfinite(trials[key]):
-            warnings.warn(f"Training at magnitude {magnitude} diverged: its score is {trials[key]}.", stacklevel=3)
-
-    def mean(magnitude, budget):
-        scores = [trials[magnitude, budget, seed] for seed in each_seed]
-        return statistics.fmean(scores) if all(map(math.isfinite, scores)) else -math.inf
-
+    trials = _Trials(train_and_score, each_seed, file, planned if verbose else None)
+    mean = trials.mean
     longest: dict[float | None, int | None] = {}
     for count, budget in rungs:
         candidates = candidates[:count]
         for magnitude in (None, *candidates):
             longest[magnitude] = budget
-            for seed in each_seed:
-                run(magnitude, budget, seed)
+            trials.run(magnitude, budget)
         # the better ones first, and of equals the weaker augmentation
         candidates = sorted(candidates, key=lambda magnitude: (-mean(magnitude, budget), magnitude))
     optimal = candidates[0]
     if mean(optimal, epochs) == -math.inf:
         raise ValueError(
-            f"Training diverged at every magnitude, so none is best. Received: the scores {trials}. "
+            f"Training diverged at every magnitude, so none is best. Received: the scores {trials.scores}. "
             "Try a lower learning rate, and look at what `train_and_score` returns."
         )
     tried = sorted(each for each in longest if each is not None)
@@ -163,9 +144,9 @@ def search_magnitude(
     return MagnitudeSearch(
         optimal=optimal,
         maximal=max(harmless, default=None),
-        scores={each: tuple(trials[each, longest[each], seed] for seed in each_seed) for each in (None, *tried)},
-        trials=trials,
-        epochs_spent=None if epochs is None else sum(budget or 0 for _, budget, _ in trials),
+        scores={each: tuple(trials.of(each, longest[each])) for each in (None, *tried)},
+        trials=trials.scores,
+        epochs_spent=None if epochs is None else sum(budget or 0 for _, budget, _ in trials.scores),
         epochs_exhaustive=None if epochs is None else (len(choice) + 1) * epochs * len(each_seed),
     )
 
@@ -228,6 +209,36 @@ def validation_score(
 
 
 # --- helpers ---
+
+
+class _Trials:
+    """The scores of trainings, each with every seed; what a file knows by now is not trained again."""
+
+    def __init__(self, train_and_score, seeds, file, planned):
+        self.train_and_score, self.seeds, self.file, self.planned = train_and_score, seeds, file, planned
+        self.known = _load(file)
+        self.scores: dict[Key, float] = {}
+
+    def run(self, magnitude, budget):
+        for seed in self.seeds:
+            key = (magnitude, budget, seed)
+            settings = {name: value for name, value in (("epochs", budget), ("seed", seed)) if value is not None}
+            if key not in self.known:
+                self.known[key] = _number(self.train_and_score(magnitude, **settings), magnitude)
+                _save(self.file, self.known)
+            score = self.scores[key] = self.known[key]
+            if self.planned:
+                said = "".join(f", {name} {value}" for name, value in settings.items())
+                print(f"[{len(self.scores)}/{self.planned}] M = {magnitude}{said}: {score:.4f}", flush=True)
+            if not math.isfinite(score):
+                warnings.warn(f"Training at magnitude {magnitude} diverged: its score is {score}.", stacklevel=3)
+
+    def of(self, magnitude, budget):
+        return [self.scores[magnitude, budget, seed] for seed in self.seeds]
+
+    def mean(self, magnitude, budget):
+        scores = self.of(magnitude, budget)
+        return statistics.fmean(scores) if all(map(math.isfinite, scores)) else -math.inf
 
 
 def _rungs(count: int, epochs: int) -> list[tuple[int, int]]:

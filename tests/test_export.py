@@ -12,7 +12,8 @@ import pytest
 from kerascompress import export, litert, models
 from kerascompress.augment import RandAugment
 from kerascompress.export import export_litert, export_saved_model
-from kerascompress.pruning import PruneLowMagnitude, prune_low_magnitude, strip_pruning, update_masks
+from kerascompress.pruning import prune_low_magnitude, strip_pruning
+from kerascompress.wrapper import PruneLowMagnitude, update_masks
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() == "torch", reason="there, another process exports on TensorFlow, see test_backends.py"

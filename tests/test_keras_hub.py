@@ -8,7 +8,8 @@ import pytest
 from keras import ops
 
 import kerascompress as kc
-from kerascompress import graph, pruning
+from kerascompress import graph
+from kerascompress.wrapper import wrappers_in
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of what it imports
@@ -106,7 +107,7 @@ def test_wrappers_prune_train_save_load_strip_and_export(model, tmp_path):
     assert fit(pruned, callbacks=[kc.UpdatePruningStep()]) == pytest.approx(0.5, abs=0.001)
     pruned.save(tmp_path / "pruned.keras")
     small = kc.strip_pruning(keras.models.load_model(tmp_path / "pruned.keras"))
-    assert not list(pruning._wrappers(small))
+    assert not list(wrappers_in(small))
     np.testing.assert_allclose(outputs(small), outputs(pruned), rtol=1e-5, atol=1e-5)
     small.save(tmp_path / "small.keras")
     assert_weights(keras.models.load_model(tmp_path / "small.keras"), small.get_weights())

@@ -7,6 +7,7 @@ from keras import layers
 
 import kerascompress as kc
 from kerascompress import callbacks, pruning
+from kerascompress.wrapper import wrappers_in
 
 # Untrained or badly scaled kernels that one threshold may remove altogether, of which a warning tells.
 collapses = pytest.mark.filterwarnings("ignore:Global pruning to a sparsity of .* leaves nothing of")
@@ -242,7 +243,7 @@ class RecordSparsity(keras.callbacks.Callback):
         outputs = to_numpy(keras.ops.cast(model(images, training=False), "float32"))
         zeros, hidden = 0, 0.0
         for layer in self.plain.layers:
-            wrappers = [each for each in pruning._wrappers(model) if each.layer.name == layer.name]
+            wrappers = [each for each in wrappers_in(model) if each.layer.name == layer.name]
             if not wrappers:
                 layer.set_weights(model.get_layer(layer.name).get_weights())
                 continue
@@ -344,7 +345,7 @@ def test_masks_change_at_an_update_alone_and_what_is_masked_is_zero_after_every_
 
     class Masks(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
-            wrapper = next(pruning._wrappers(self.model))
+            wrapper = next(wrappers_in(self.model))
             kernel, mask, _ = wrapper.pruning_vars[0]
             raw, keep = keras.ops.convert_to_numpy(kernel.value), keras.ops.convert_to_numpy(mask.value)
             assert keras.backend.backend() == "jax" or not raw[~keep].any()  # there, at the end of the epoch
@@ -383,7 +384,7 @@ def test_saved_files_are_sparse_and_training_goes_on_bit_identically(tmp_path, s
     restored.optimizer.build(restored.trainable_variables)
     restored.load_weights(tmp_path / "model.weights.h5")
     for resumed in (loaded, restored):
-        assert int(keras.ops.convert_to_numpy(next(pruning._wrappers(resumed)).pruning_step)) == 8
+        assert int(keras.ops.convert_to_numpy(next(wrappers_in(resumed)).pruning_step)) == 8
         fit(resumed, epochs=2)
         for ours, theirs in zip(resumed.get_weights(), whole.get_weights(), strict=True):
             np.testing.assert_array_equal(ours, theirs)
@@ -422,7 +423,7 @@ def resumable():
 
 
 def stored_step(model):
-    return int(keras.ops.convert_to_numpy(next(pruning._wrappers(model)).pruning_step))
+    return int(keras.ops.convert_to_numpy(next(wrappers_in(model)).pruning_step))
 
 
 def test_restored_weights_bring_their_step_back(tmp_path):
@@ -485,7 +486,7 @@ def test_a_layer_frozen_after_pruning_is_saved_and_loaded(tmp_path):
 
 def test_a_pruned_model_has_each_kernel_once():
     dense, pruned = small_net(), kc.prune_low_magnitude(small_net())
-    own = [weight for wrapper in pruning._wrappers(pruned) for weight in wrapper._trainable_variables]
+    own = [weight for wrapper in wrappers_in(pruned) for weight in wrapper._trainable_variables]
     assert own == []
     assert len(pruned.weights) == len(dense.weights) + 3 * 3  # mask, threshold and step of three layers
 
@@ -513,7 +514,7 @@ def test_a_schedule_object_of_ones_own_stays_global_after_loading(tmp_path):
     fit(pruned)
     pruned.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert len({callbacks._group(wrapper) for wrapper in pruning._wrappers(loaded)}) == 1
+    assert len({callbacks._group(wrapper) for wrapper in wrappers_in(loaded)}) == 1
 
 
 def test_a_subclass_of_tfmots_schedule_survives_saving(tmp_path):
@@ -529,7 +530,7 @@ def test_a_subclass_of_tfmots_schedule_survives_saving(tmp_path):
             return {"class_name": "Mine", "config": {"p": self.p}}
 
     kc.prune_low_magnitude(small_net(), Mine(0.25)).save(tmp_path / "model.keras")
-    assert next(pruning._wrappers(keras.models.load_model(tmp_path / "model.keras"))).pruning_schedule.p == 0.25
+    assert next(wrappers_in(keras.models.load_model(tmp_path / "model.keras"))).pruning_schedule.p == 0.25
 
 
 def test_a_lambda_as_schedule_is_refused_when_it_is_saved(tmp_path):
@@ -611,7 +612,7 @@ def test_stripping_a_trainer_that_contains_the_pruned_model_works_too():
     trainer = compile_(keras.Sequential([layers.GaussianNoise(0.1), pruned]))
     fit(trainer)
     assert kc.sparsity(trainer) == kc.sparsity(pruned) == pytest.approx(0.5, abs=0.01)
-    assert not list(pruning._wrappers(kc.strip_pruning(trainer)))
+    assert not list(wrappers_in(kc.strip_pruning(trainer)))
 
 
 def test_adapted_and_unsaveable_layers_without_kernels_come_through():
@@ -661,7 +662,7 @@ def test_pruning_what_is_pruned_keeps_its_schedule_with_a_warning():
     pruned = kc.prune_low_magnitude(small_net(), kc.ConstantSparsity(0.3, 0))
     with pytest.warns(UserWarning, match="strip_pruning"):
         again = kc.prune_low_magnitude(pruned, kc.ConstantSparsity(0.9, 0))
-    assert {wrapper.pruning_schedule.target_sparsity for wrapper in pruning._wrappers(again)} == {0.3}
+    assert {wrapper.pruning_schedule.target_sparsity for wrapper in wrappers_in(again)} == {0.3}
 
 
 def test_biases_and_normalisation_are_never_pruned():
@@ -723,7 +724,7 @@ class OnlyDense:
 
 def test_a_pruning_policy_chooses_the_layers():
     pruned = kc.prune_low_magnitude(small_net(), pruning_policy=OnlyDense())
-    assert [wrapper.name for wrapper in pruning._wrappers(pruned)] == ["prune_low_magnitude_head"]
+    assert [wrapper.name for wrapper in wrappers_in(pruned)] == ["prune_low_magnitude_head"]
     with pytest.raises(ValueError, match="too small"):
         kc.prune_low_magnitude(keras.Sequential([keras.Input((2,)), layers.Dense(2)]), pruning_policy=OnlyDense())
 
