@@ -24,7 +24,6 @@ The arms, beside the constants:
 With --teacher, every arm is a student of that teacher, as in Figure 7 without selection (not held-* and entropy*).
 """
 
-import collections
 import re
 
 import keras
@@ -33,11 +32,10 @@ import numpy as np
 from absl import app
 from absl import flags as absl_flags
 from keras import ops
-from scipy import stats
 
 import kerascompress as kc
 from experiments import fig7_teacher_filter as fig7
-from experiments import flags, plot, runs, training
+from experiments import flags, plot, regrets, runs, training
 
 SPARSITIES = (0.0, 0.6, 0.9, 0.97)
 MAGNITUDES = (None, 2, 4, 6, 9, 14, 22)  # None is no RandAugment
@@ -223,51 +221,7 @@ def of_figure_1(rows, run):
     return row and row | {name: run.key[name] for name in ("figure", "evaluate_every")}
 
 
-# What the rows say
-
-
-def regrets(rows):
-    """Returns the best constant of each ratio, and `{arm: {ratio: {seed: regret in points}}}`."""
-    table = collections.defaultdict(lambda: collections.defaultdict(dict))
-    for row in rows:
-        table[row["arm"]][row["sparsity"]][row["seed"]] = row
-    constants = [arm for arm in table if arm == "none" or arm.startswith("M=")]
-    best = {}
-    for p in sorted({row["sparsity"] for row in rows}):
-        scores = {arm: np.mean([row["validation_last"] for row in table[arm][p].values()]) for arm in constants}
-        best[p] = max(scores, key=scores.get)
-
-    def regret(row):
-        of_best = table[best[row["sparsity"]]][row["sparsity"]][row["seed"]]
-        return 100 * (of_best["test_last"] - row["test_last"])
-
-    return best, {
-        arm: {p: {seed: regret(row) for seed, row in cell.items()} for p, cell in sorted(cells.items())}
-        for arm, cells in table.items()
-    }
-
-
-def interval(values):
-    """Returns the mean and half the width of its 95 % t interval, or None for a single value."""
-    n = len(values)
-    half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5 if n > 1 else None
-    return np.mean(values), half
-
-
-def markdown(rows):
-    """Returns arms x ratios: mean regret in points, and over the ratios with its interval and the largest."""
-    best, table = regrets(rows)
-    lines = [["regret (points)", *(f"p = {p:g}: {arm}" for p, arm in best.items()), "mean ± t (n)", "largest"]]
-    lines.append(["---"] * len(lines[0]))
-    for arm, cells in table.items():
-        means = {p: np.mean(list(of_seeds.values())) for p, of_seeds in cells.items()}
-        seeds = sorted(set.intersection(*(set(of_seeds) for of_seeds in cells.values())))
-        mean, half = interval([np.mean([cells[p][seed] for p in cells]) for seed in seeds])
-        of_all = f"{mean:.2f} ± {'–' if half is None else f'{half:.2f}'} ({len(seeds)})"
-        lines.append(
-            [arm, *(f"{means[p]:.2f}" if p in means else "" for p in best), of_all, f"{max(means.values()):.2f}"]
-        )
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+# What the rows show
 
 
 def draw(rows):
@@ -305,7 +259,7 @@ def main(_):
     rows = [row for row in planned.values() if row]
     rows += study.carry_out([run for run, row in planned.items() if not row], outcome)
     plot.show("adaptive", rows, study.out)
-    print(f"\nAgainst the best constant, named at the top:\n\n{markdown(rows)}\n")
+    print(f"\nAgainst the best constant, named at the top:\n\n{regrets.markdown(regrets.lines(rows))}\n")
     if any("magnitudes" in row for row in rows):
         path = study.out.with_stem(f"{study.out.stem}_magnitudes")
         draw(rows).savefig(path)

@@ -17,7 +17,7 @@ from absl import app
 from absl import flags as absl_flags
 
 import kerascompress as kc
-from experiments import claims, flags, runs
+from experiments import claims, flags, regrets, runs
 
 FLAGS = absl_flags.FLAGS
 absl_flags.adopt_module_key_flags(flags)
@@ -207,7 +207,7 @@ def main(_):
             raise app.UsageError(f"{path} holds no row of a figure.")
         show(rows[0]["figure"], rows, path.with_suffix(".png") if FLAGS.out is None else pathlib.Path(FLAGS.out))
     if FLAGS.all:
-        print(f"\n{claims.table()}")
+        print(f"\n{claims.table()}\n\n{regrets.table()}".rstrip())
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The study of magnitudes that find themselves: every arm leaves its row, and what is said of the rows."""
 
+import json
+
 import keras
 import numpy as np
 import pytest
@@ -8,9 +10,9 @@ from absl.testing import flagsaver
 from test_experiments import one_layer, run_of
 
 from experiments import adaptive_magnitude as study
+from experiments import claims, keeper, regrets, training
 from experiments import fig1_magnitude_search as fig1
 from experiments import fig3_magnitude_decay as fig3
-from experiments import keeper, training
 
 pytestmark = pytest.mark.once("jax")
 
@@ -112,11 +114,37 @@ def test_regret_is_against_the_constant_that_is_best_on_the_validation_images_se
     rows = [row_of("none", 0, 0.5, 0.9), row_of("none", 1, 0.5, 0.9)]  # best on test, but chosen is M=4
     rows += [row_of("M=4", 0, 0.7, 0.60), row_of("M=4", 1, 0.7, 0.70)]
     rows += [row_of("gap=0.15", 0, 0.9, 0.59), row_of("gap=0.15", 1, 0.9, 0.67)]
-    best, table = study.regrets(rows)
+    best, table = regrets.regrets(rows)
     assert best == {0.0: "M=4"}
     assert table["gap=0.15"][0.0] == pytest.approx({0: 1.0, 1: 3.0})
-    *_, last = study.markdown(rows).splitlines()
+    *_, last = regrets.markdown(regrets.lines(rows)).splitlines()
     assert last == "| gap=0.15 | 2.00 | 2.00 ± 12.71 (2) | 2.00 |"  # t(0.975, 1) = 12.706, sd / sqrt(2) = 1
+
+
+def test_the_table_of_all_settings_is_made_of_their_rows_and_of_figure_1s(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "RESULTS", tmp_path)
+    assert regrets.table() == ""
+    constants = [
+        row_of(arm, seed, v, v, p) for arm, v in (("none", 0.5), ("M=4", 0.6)) for p in (0, 0.9) for seed in (0, 1)
+    ]
+    constants += [row_of("M=4", 2, 0.1, 0.1)]  # a seed of Figure 1 alone
+    ours = [
+        row_of(arm, seed, 0, 0.57 + 0.01 * seed, p)
+        for arm in ("trivial", "gap=0.15")
+        for p in (0, 0.9)
+        for seed in (0, 1)
+    ]
+    for stem, rows in (("adaptive_1000", ours[:-1]), ("small_fig1", constants)):
+        (tmp_path / f"{stem}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert regrets.table() == ""  # a run is missing
+    (tmp_path / "adaptive_1000.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ours))
+    *_, last = regrets.table().splitlines()
+    t = 12.706 * np.std([3, 2], ddof=1) / 2**0.5
+    ours = f"+2.50 ± {t:.2f}, largest +2.50"
+    assert last == (
+        "| CIFAR-10, 1,000 images | 60.00 (2 a ratio) | +10.00 ± 0.00, largest +10.00 "
+        f"| {ours} | M = 4: +0.00 ± 0.00, largest +0.00 | {ours} | 2 |"
+    )
 
 
 @pytest.mark.parametrize(

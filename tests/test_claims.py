@@ -9,7 +9,7 @@ from absl import flags as absl_flags
 from absl.testing import flagsaver
 from scipy import stats
 
-from experiments import claims, plot
+from experiments import claims, plot, regrets
 
 pytestmark = pytest.mark.once
 README = pathlib.Path(__file__).parents[1] / "README.md"
@@ -103,6 +103,7 @@ def test_readme_shows_the_table_that_the_rows_make():
     table = claims.table()
     assert "| 3 |" in table  # Figure 2's n, at least
     assert table in README.read_text()
+    assert regrets.table() in README.read_text()
 
 
 def test_all_figures_and_the_table_are_made_of_rows_alone(tmp_path, monkeypatch, capsys):
