@@ -4,7 +4,6 @@ import experiments  # noqa: F401, I001 (first: it sets the threads, and with the
 import gc
 import os
 
-import keras
 import pytest
 from absl import flags
 from absl.testing import flagsaver
@@ -17,6 +16,8 @@ EXACT = ("test_image_ops",)  # what it claims to the bit must hold as a user's p
 
 
 def pytest_collection_modifyitems(items):
+    import keras  # here as everywhere: the process that hands out tests would wait for it, and the others for that one
+
     on_tensorflow = keras.backend.backend() == "tensorflow"
     items.sort(key=lambda item: item.path.stem[5:] not in LONG)  # first, so that two processes end together
     for item in items:
@@ -35,6 +36,10 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_sessionstart(session):
+    if session.config.getoption("numprocesses", None):
+        return  # this process only hands out tests
+    import keras
+
     gc.freeze()  # what the imports have made stays: collecting would look at it again and again
     gc.set_threshold(50_000, 20, 50)  # else collecting is a tenth of the time; a module's end collects
     if keras.backend.backend() == "jax":  # what one test has compiled serves the next, in other processes too
@@ -54,6 +59,8 @@ def quick_compilation(request):
 
     Elsewhere JAX optimises less, and TensorFlow neither rewrites its graphs nor takes XLA unless a test says so.
     """
+    import keras
+
     name = request.module.__name__.split(".")[-1]
     is_exact = name in EXACT
     with pytest.MonkeyPatch.context() as patch:
@@ -80,6 +87,8 @@ def quick_compilation(request):
 @pytest.fixture(autouse=True)
 def fresh():
     """A test starts from one seed, with no layer names taken and no policy set by another test."""
+    import keras
+
     keras.utils.clear_session(free_memory=False)  # collecting after every test would take a third of the time
     keras.utils.set_random_seed(0)
     policy = keras.config.dtype_policy()
@@ -107,6 +116,8 @@ def smoke_run():
 
 
 def _has_gpu() -> bool:
+    import keras
+
     if keras.backend.backend() == "torch":
         import torch
 

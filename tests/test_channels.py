@@ -206,7 +206,10 @@ def fraction_of_kernels(small, model):
 
 @pytest.mark.parametrize(
     ("build", "settings"),
-    [(models.resnet, {"scope": "global", "importance": "l1"}), (models.mobilenet_v2, {"importance": "batch_norm"})],
+    [
+        (models.resnet, {"scope": "global", "importance": "l1"}),
+        pytest.param(models.mobilenet_v2, {"importance": "batch_norm"}, marks=pytest.mark.once),
+    ],
 )
 def test_our_networks_without_channels_of_zeros_compute_the_same(build, settings):
     size = {"depth": 8, "width": 8} if build is models.resnet else {"width": 0.25}
