@@ -31,8 +31,16 @@ class Claim:
     study: str  # the stem of the file of rows
     paper: str  # what it says
     where: str  # figure
-    parts: Callable  # of the study's rows: {ratio: measure}, measure({(arm, ratio): row} of a seed) -> difference
+    parts: Callable  # of the study's rows: what it compares
     looks: tuple = LOOKS
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    label: str  # ratio
+    arms: tuple | None  # that are compared, all where None
+    ratios: tuple  # at which
+    measure: Callable  # of a seed's {(arm, ratio): row}: the difference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,21 +74,22 @@ def decide(label, differences):
 def verdicts(claim, rows):
     """Returns the verdicts of a claim's parts at the first look, or the second where that one was undecided.
 
-    There is none before the runs of a look are complete.
+    There is none before the runs that a part compares are complete; the others may be at another look.
     """
-    by_seed = collections.defaultdict(dict)
-    for row in rows:
-        by_seed[row["seed"]][row["arm"], row["sparsity"]] = row
-    looks = [
-        n for n in claim.looks if by_seed[0] and all(by_seed[seed].keys() == by_seed[0].keys() for seed in range(n))
-    ]
     made = []
-    for label, measure in claim.parts(rows).items() if looks else ():
-        for n in looks:
-            verdict = decide(label, [measure(by_seed[seed]) for seed in range(n)])
+    for part in claim.parts(rows):
+        by_seed = collections.defaultdict(dict)
+        for row in rows:
+            if row["sparsity"] in part.ratios and (part.arms is None or row["arm"] in part.arms):
+                by_seed[row["seed"]][row["arm"], row["sparsity"]] = row
+        verdict = None
+        for n in claim.looks:
+            if not by_seed[0] or any(by_seed[seed].keys() != by_seed[0].keys() for seed in range(n)):
+                break
+            verdict = decide(part.label, [part.measure(by_seed[seed]) for seed in range(n)])
             if verdict.word in ("reproduced", "refuted"):
                 break
-        made.append(verdict)
+        made += [verdict] if verdict else []
     return made
 
 
@@ -103,7 +112,7 @@ def falls(chosen):
     def at(ratio, cells):
         return chosen({constant(arm): row["test_last"] for (arm, p), row in cells.items() if p == ratio})
 
-    return lambda rows: {"": lambda cells: at(0.0, cells) - at(0.97, cells)}
+    return lambda rows: [Part("", None, (0.0, 0.97), lambda cells: at(0.0, cells) - at(0.97, cells))]
 
 
 def lead(first, second, ratio, cells):
@@ -112,10 +121,15 @@ def lead(first, second, ratio, cells):
 
 def leads(first, second, ratios=RATIOS):
     """Returns the parts that say that an arm leads another at each ratio."""
-    lone = len(ratios) == 1
-    return lambda rows: {
-        "" if lone else f"{ratio:g}".lstrip("0"): functools.partial(lead, first, second, ratio) for ratio in ratios
-    }
+    return lambda rows: [
+        Part(
+            f"{ratio:g}".lstrip("0") if len(ratios) > 1 else "",
+            (first, second),
+            (ratio,),
+            functools.partial(lead, first, second, ratio),
+        )
+        for ratio in ratios
+    ]
 
 
 def over_tuned(rows):
@@ -125,7 +139,7 @@ def over_tuned(rows):
         if row["seed"] >= CHOOSING and row["arm"].startswith("M=") and row["sparsity"] == 0:
             validation[row["arm"]].append(row["validation_last"])
     if not validation:
-        return {}
+        return []
     return leads("teacher filter", max(validation, key=lambda arm: np.mean(validation[arm])), DENSE)(rows)
 
 

@@ -75,6 +75,14 @@ def test_a_line_of_the_table_names_the_ratios_of_each_verdict(tmp_path, monkeypa
     assert line.endswith("| 5 | **reproduced** at .6, .97; **undecided** at .8; **refuted** at .9 |")
 
 
+def test_the_second_look_asks_for_what_the_claim_compares_and_for_no_more():
+    strong = [0.5, 0.4, 0.5, 0.4, 0.5] + [0.5] * 10
+    (second,) = verdicts(
+        rows_of("none", [0.4] * 15), rows_of("M=14", strong), rows_of("M=2", [0.4] * 5), rows_of("M=14", [0.4] * 5, 0.6)
+    )
+    assert (second.n, second.word) == (15, "reproduced")
+
+
 def test_seeds_that_choose_decide_nothing():
     rows = rows_of("none", [0.4] * 5), rows_of("M=14", [0.5] * 5)
     chosen = rows_of("M=14", [0.1] * 3, first_seed=100)
