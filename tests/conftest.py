@@ -12,6 +12,7 @@ LONG = {"augment", "channels", "devices", "distill", "export", "image_ops", "ker
 LONG |= {"adaptive_experiments", "optimizer", "pruning", "readme", "schemes", "teacher_filter", "trajectory"}
 IN_OTHERS = ("test_experiments", "test_inherit_experiments")  # processes, with the same last bits
 QUICK_XLA = "xla_cpu_use_fusion_emitters"  # without them XLA compiles in two thirds of the time
+IN_ONE_PART = "--xla_cpu_parallel_codegen_split_count=1"  # and small programs as a whole sooner than in parts
 EXACT = ("test_image_ops",)  # what it claims to the bit must hold as a user's program is compiled
 
 
@@ -46,7 +47,7 @@ def pytest_sessionstart(session):
         import jax
 
         # before XLA reads it, and for the processes that tests start
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{QUICK_XLA}=false"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {IN_ONE_PART} --{QUICK_XLA}=false"
         folder = str(session.config.cache.mkdir("jax"))
         os.environ |= {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         jax.config.update("jax_compilation_cache_dir", folder)

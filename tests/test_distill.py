@@ -266,6 +266,7 @@ def test_a_step_trains_on_the_chosen_images_and_on_nothing_else():
     assert "chosen_magnitude" not in expected
 
 
+@pytest.mark.once("jax")
 def test_batch_norm_statistics_are_those_of_the_chosen_images():
     images, labels = data()
     model, twin = (distiller(num_candidates=4, augment=light(seed=5)) for _ in range(2))
@@ -280,6 +281,7 @@ def test_batch_norm_statistics_are_those_of_the_chosen_images():
     np.testing.assert_allclose(ops.convert_to_numpy(batch_norm.moving_mean), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.once("jax")
 def test_one_candidate_is_no_selection():
     model = distiller(num_candidates=1)
     logs = model.fit(*data(), batch_size=4, verbose=0).history
@@ -549,6 +551,7 @@ def test_it_trains_the_same_however_the_step_is_run(run):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.once("jax")
 def test_mixed_precision():
     keras.config.set_dtype_policy("mixed_bfloat16")
     model = distiller(student=classifier(), teacher=classifier(6, seed=9))

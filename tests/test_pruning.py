@@ -426,6 +426,7 @@ def stored_step(model):
     return int(keras.ops.convert_to_numpy(next(wrappers_in(model)).pruning_step))
 
 
+@pytest.mark.once("jax")
 def test_restored_weights_bring_their_step_back(tmp_path):
     model = resumable()
     fit(model)
