@@ -142,23 +142,20 @@ def scheduled():
 
 
 def distillers():
-    """Returns what Distillers leave: without augmentation on one device and on two, with it on two."""
+    """Returns what a Distiller without augmentation leaves, on one device and on two."""
 
-    def fitted(count, teacher, **kwargs):
+    def fitted(count):
         with devices.spread(count):
-            net, teacher = network(seed=1), teacher()
-            net.layers[2].trainable = kwargs["num_candidates"] > 1  # statistics of BatchNorm are those of a replica
-            distiller = kc.Distiller(net, teacher, alpha=0.5, **kwargs)
+            net, teacher = network(seed=1), network(seed=7)
+            net.layers[2].trainable = False  # statistics of BatchNorm are those of a replica
+            distiller = kc.Distiller(net, teacher, augment=lambda images, training: images, num_candidates=1, alpha=0.5)
             distiller.compile(keras.optimizers.SGD(0.05, momentum=0.9), metrics=["accuracy"])
         before = teacher.get_weights()
         history = distiller.fit(*images_and_labels(16), batch_size=8, epochs=2, shuffle=False, verbose=0).history
         untouched = all(map(np.array_equal, before, teacher.get_weights()))
         return {"history": history, "weights": [w.ravel().tolist() for w in net.get_weights()], "untouched": untouched}
 
-    identity = lambda images, training: images  # noqa: E731
-    plain = [fitted(count, lambda: network(seed=7), augment=identity, num_candidates=1) for count in (1, 2)]
-    augment = kc.RandAugment((0, 30), ops=["Rotate", "Solarize"], seed=0)
-    return plain, fitted(2, lambda: network(seed=7), augment=augment, num_candidates=3)
+    return [fitted(count) for count in (1, 2)]
 
 
 OF_TWO = {"optimizers": optimizers}
@@ -218,13 +215,12 @@ def test_under_a_mirrored_strategy_the_magnitude_stays_live(report):
 
 @pytest.mark.tensorflow_only
 def test_under_a_mirrored_strategy_a_distiller_trains_its_student_alone(report):
-    (alone, spread), chosen = report["distillers"]
+    alone, spread = report["distillers"]
     for name, values in alone["history"].items():
         np.testing.assert_allclose(spread["history"][name], values, rtol=1e-4, atol=1e-6, err_msg=name)
     for a, b in zip(spread["weights"], alone["weights"], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
-    assert np.all(np.isfinite(chosen["history"]["loss"]))
-    assert alone["untouched"] is spread["untouched"] is chosen["untouched"] is True
+    assert alone["untouched"] is spread["untouched"] is True
 
 
 @pytest.mark.tensorflow_only  # on JAX, the batch is one

@@ -111,6 +111,7 @@ app.run(fig3.main)
 OPTIMIZE = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as conftest.py has it: other machine code rounds otherwise
 
 
+@pytest.mark.once
 def test_run_killed_in_a_pruning_stage_goes_on_to_the_same_result_bit_for_bit(tmp_path, monkeypatch, smoke_run):
     monkeypatch.setattr(training, "build_model", one_layer)
     folder = tmp_path / "whole"

@@ -119,6 +119,7 @@ def test_uint8_and_float_pixels_give_the_same_logits():
     np.testing.assert_array_equal(model.predict(x, verbose=0), model.predict(x.astype("float32"), verbose=0))
 
 
+@pytest.mark.once
 def test_default_normalisation_is_cifars_and_its_average_for_other_channels():
     def normalised(channels):
         model = models.resnet(8, 2, input_shape=(1, 1, channels), width=1)
@@ -129,6 +130,7 @@ def test_default_normalisation_is_cifars_and_its_average_for_other_channels():
     np.testing.assert_allclose(normalised(1), [(200 - 365.80 / 3) / (203.98 / 3)], rtol=1e-5)
 
 
+@pytest.mark.once
 def test_batch_norm_keeps_nine_tenths_of_its_statistics():
     model, x = small_resnet(), images(16, 7, 6, 2)
     stem = keras.Model(model.input, model.get_layer("stem").output)
@@ -137,6 +139,7 @@ def test_batch_norm_keeps_nine_tenths_of_its_statistics():
     np.testing.assert_allclose(model.get_layer("stem_bn").moving_mean, 0.1 * stem.mean((0, 1, 2)), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.once
 def test_weight_decay_is_half_its_value_times_every_squared_trainable_value():
     model = small_resnet(weight_decay=0.02, seed=0)
     squares = sum((np.asarray(weight, "float64") ** 2).sum() for weight in model.trainable_weights)
@@ -147,6 +150,7 @@ def test_weight_decay_is_half_its_value_times_every_squared_trainable_value():
     np.testing.assert_allclose(float(ops.convert_to_numpy(sum(default.losses))), 2.5e-4 * squares, rtol=1e-5)
 
 
+@pytest.mark.once
 def test_initial_weights_have_pytorchs_spread():
     model = models.resnet(8, 500, seed=3)
     kernel = np.asarray(model.get_layer("stage3_block0_conv2").kernel)  # 3x3, 64 filters: fan_out 576
@@ -172,6 +176,7 @@ def test_a_seed_reproduces_every_layer_by_its_name():
     assert not np.array_equal(weights[first], weights[second])
 
 
+@pytest.mark.once
 def test_a_saved_model_loads_without_the_package_and_predicts_the_same(tmp_path):
     model, x = small_resnet(), images(3, 7, 6, 2)
     model.save(tmp_path / "net.keras")
@@ -179,11 +184,13 @@ def test_a_saved_model_loads_without_the_package_and_predicts_the_same(tmp_path)
     np.testing.assert_array_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0))
 
 
+@pytest.mark.once
 def test_free_height_and_width():
     model = small_resnet(input_shape=(None, None, 2))
     assert model(images(1, 9, 4, 2)).shape == model(images(1, 12, 16, 2)).shape == (1, 5)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -204,6 +211,7 @@ def test_bad_arguments_are_refused_with_what_is_allowed(arguments, message):
         models.resnet(**{"depth": 8, "num_classes": 10} | arguments)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("build", [models.mobilenet_v2, models.shufflenet_v2])
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -220,12 +228,14 @@ def test_bad_arguments_of_the_mobile_networks_are_refused(build, arguments, mess
         build(**{"num_classes": 10} | arguments)
 
 
+@pytest.mark.once
 def test_default_normalisation_of_an_imagenet_stem_is_imagenets():
     normalise = models.resnet(8, 2, width=1, stem="imagenet").get_layer("normalize")
     found = np.asarray(normalise(np.full((1, 1, 1, 3), 200.0)))[0, 0, 0]
     np.testing.assert_allclose(found, [76.325 / 58.395, 83.72 / 57.12, 96.47 / 57.375], rtol=1e-5)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("block", BLOCKS)
 def test_one_further_block_ends_as_its_family_does_and_draws_by_seed_and_name(block):
     models_ = [block_model(block, seed=seed, name=name) for seed, name in ((1, "a"), (1, "a"), (2, "a"), (1, "b"))]
@@ -237,6 +247,7 @@ def test_one_further_block_ends_as_its_family_does_and_draws_by_seed_and_name(bl
         assert not np.array_equal(first, other_name)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("block", BLOCKS)
 def test_weight_decay_of_a_block_counts_every_trainable_value(block):
     model = block_model(block, weight_decay=0.02, stride=2, filters=8)
@@ -244,12 +255,14 @@ def test_weight_decay_of_a_block_counts_every_trainable_value(block):
     np.testing.assert_allclose(float(ops.convert_to_numpy(sum(model.losses))), 0.01 * squares, rtol=1e-5)
 
 
+@pytest.mark.once
 def test_depthwise_kernels_have_pytorchs_initial_spread():
     model = block_model(inverted_residual, input_shape=(3, 3, 200), filters=200)
     kernel = np.asarray(model.get_layer("block_depthwise").kernel)  # 1200 channels: PyTorch's fan_out is 9 * 1200
     assert np.std(kernel) == pytest.approx(math.sqrt(2 / 10_800), rel=0.03)
 
 
+@pytest.mark.once
 def test_dropout_stands_before_the_logits():
     model = models.mobilenet_v2(5, width=0.1, input_shape=(8, 8, 3), dropout=0.2)
     assert [layer.name for layer in model.layers[-3:]] == ["pool", "dropout", "logits"]
