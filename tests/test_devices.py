@@ -165,6 +165,10 @@ if keras.backend.backend() == "tensorflow":
 
 def main():
     devices.claim(MOST)
+    if keras.backend.backend() == "tensorflow":  # as in conftest.py: these graphs run a few times
+        import tensorflow as tf
+
+        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
     of_two = {name: make() for name, make in OF_TWO.items()}
     training.rand_augment = lambda run, seed: kc.RandAugment(run.magnitude, ops=["Rotate", "Solarize"], seed=seed)
     splits = [images_and_labels(n) for n in (40, 13, 13)]  # of 13, no number of devices has equal parts
