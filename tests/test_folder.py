@@ -158,7 +158,10 @@ def test_rand_augment_in_the_pipeline_is_that_of_the_model_with_the_same_seed(im
 
 @pytest.mark.parametrize(
     ("augment_in", "magnitude"),
-    [("model", None), pytest.param("pipeline", 9, marks=pytest.mark.tensorflow_only)],
+    [
+        pytest.param("model", None, marks=pytest.mark.once("jax")),
+        pytest.param("pipeline", 9, marks=pytest.mark.tensorflow_only),
+    ],
 )
 def test_a_run_goes_on_after_an_epoch_to_the_same_weights_bit_for_bit(
     images, tmp_path, monkeypatch, augment_in, magnitude

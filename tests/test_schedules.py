@@ -20,26 +20,18 @@ def run_python(code: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.once
-def test_importing_the_package_adds_nothing_to_importing_keras_and_changes_no_environment():
-    seen = run_python("""
+@pytest.fixture(scope="module")
+def imported():
+    """What a new process sees that imports Keras, this package, tfmot by way of a schedule, and keras-cv."""
+    return run_python("""
 import json, os, sys
 import keras
 before, modules = dict(os.environ), set(sys.modules)
-import kerascompress
-new = {name.partition(".")[0] for name in set(sys.modules) - modules} - set(sys.stdlib_module_names)
-print(json.dumps({"environment": dict(os.environ) == before, "new": sorted(new)}))
-""")
-    assert seen == {"environment": True, "new": ["kerascompress"]}
-
-
-@pytest.mark.once
-def test_after_a_schedule_is_used_tf_keras_is_still_keras_3_and_keras_cv_which_was_not_imported_still_imports():
-    seen = run_python("""
-import json, os, sys
 import kerascompress as kc
+new = {name.partition(".")[0] for name in set(sys.modules) - modules} - set(sys.stdlib_module_names)
+found = {"environment": dict(os.environ) == before, "new": sorted(new)}
 kc.PolynomialDecay(0.0, 0.5, 0, 10)
-found = {"keras_cv": "keras_cv" in sys.modules}
+found["keras_cv"] = "keras_cv" in sys.modules
 import tensorflow as tf
 from kerascompress import keras_cv
 layer = keras_cv.RandAugment((0, 255))
@@ -47,8 +39,19 @@ layer.magnitude.assign(4)
 found |= {"keras": tf.keras.__version__, "legacy": os.environ.get("TF_USE_LEGACY_KERAS")}
 print(json.dumps(found | {"magnitude": float(layer.magnitude), "layer": type(layer).__mro__[1].__module__}))
 """)
-    assert seen.pop("layer").startswith("keras_cv.")
-    assert seen == {"keras_cv": False, "keras": keras.__version__, "legacy": None, "magnitude": 4}
+
+
+@pytest.mark.once
+def test_importing_the_package_adds_nothing_to_importing_keras_and_changes_no_environment(imported):
+    assert imported["environment"]
+    assert imported["new"] == ["kerascompress"]
+
+
+@pytest.mark.once
+def test_after_a_schedule_is_used_tf_keras_is_still_keras_3_and_keras_cv_which_was_not_imported_still_imports(imported):
+    assert imported["layer"].startswith("keras_cv.")
+    found = [imported[name] for name in ("keras_cv", "keras", "legacy", "magnitude")]
+    assert found == [False, keras.__version__, None, 4]
 
 
 @pytest.mark.parametrize("name", ["PolynomialDecay", "ConstantSparsity"])
