@@ -96,8 +96,11 @@ def rows_of(stem, figure_1):
     rows, *earlier = map(runs.read_rows, paths)
     asked = {(row["sparsity"], row["seed"]) for row in rows}
     rows += [row for some in earlier for row in some if (row["sparsity"], row["seed"]) in asked]
-    arms = collections.Counter(row["arm"] for row in rows)
-    return rows if len(constants(arms)) > 1 and len(set(arms.values())) == 1 else []
+    cells = collections.defaultdict(set)
+    for row in rows:
+        cells[row["arm"]].add((row["sparsity"], row["seed"]))
+    several = len({seed for _, seed in asked}) > 1 and len(constants(cells)) > 1
+    return rows if several and all(each == asked for each in cells.values()) else []
 
 
 def table():
