@@ -99,8 +99,9 @@ def rows_of(stem, figure_1):
     cells = collections.defaultdict(set)
     for row in rows:
         cells[row["arm"]].add((row["sparsity"], row["seed"]))
-    several = len({seed for _, seed in asked}) > 1 and len(constants(cells)) > 1
-    return rows if several and all(each == asked for each in cells.values()) else []
+    ratios, seeds = ({each[i] for each in asked} for i in range(2))
+    whole = len(asked) == len(ratios) * len(seeds) and all(each == asked for each in cells.values())
+    return rows if whole and len(seeds) > 1 and len(constants(cells)) > 1 else []
 
 
 def table():
@@ -111,8 +112,7 @@ def table():
         rows = rows_of(*files)
         if not rows:
             continue
-        found, cells = by_arm(rows), regrets(rows)[1]
-        best = regrets(rows)[0]
+        found, (best, cells) = by_arm(rows), regrets(rows)
         single = max(constants(found), key=lambda arm: np.mean([mean(found[arm][p], "validation_last") for p in best]))
         accuracy = 100 * np.mean([mean(found[arm][p], "test_last") for p, arm in best.items()])
         entries = []

@@ -136,8 +136,9 @@ def test_the_table_of_all_settings_is_made_of_their_rows_and_of_figure_1s(tmp_pa
     ]
     (tmp_path / "small_fig1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in constants))
     one_seed = [row for row in ours if row["seed"] == 0]
-    for rows in (ours[:-1], one_seed, ours):
-        assert regrets.table() == ""  # a run is missing, or another seed
+    one_ratio_more = [row for row in ours if row["seed"] == 0 or row["sparsity"] == 0]
+    for rows in (ours[:-1], one_seed, one_ratio_more, ours):
+        assert regrets.table() == ""  # a run is missing, or another seed, or a ratio of it
         (tmp_path / "adaptive_1000.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     *_, last = regrets.table().splitlines()
     t = 12.706 * np.std([3, 2], ddof=1) / 2**0.5
