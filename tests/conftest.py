@@ -97,6 +97,20 @@ def fresh():
     keras.config.set_dtype_policy(policy)
 
 
+@pytest.fixture(autouse=True)
+def traced_once(request, monkeypatch):
+    """Keras makes the variables of optimizer and metrics before a step of TensorFlow is traced, as it does on JAX.
+
+    By itself it makes them meanwhile, so that TensorFlow traces every step twice; README's tour and what is marked
+    `quick` leave it at that.
+    """
+    import keras
+
+    as_users_do = request.node.get_closest_marker("quick") or request.node.path.stem == "test_readme"
+    if keras.backend.backend() == "tensorflow" and not as_users_do:
+        monkeypatch.setattr(keras.Model, "_maybe_symbolic_build", _build_if_there_are_weights)
+
+
 @pytest.fixture(scope="session")
 def smoke_run():
     """`smoke_run(figure, folder, **flags)` runs a figure's script on the digits with --smoke; returns its rows.
@@ -114,6 +128,11 @@ def smoke_run():
         return read_rows(given["results"])
 
     return run
+
+
+def _build_if_there_are_weights(model, **first_batch):
+    if all(layer.built for layer in model._flatten_layers()):
+        model._symbolic_build(**first_batch)
 
 
 def _has_gpu() -> bool:

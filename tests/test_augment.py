@@ -126,7 +126,7 @@ def test_a_magnitude_per_image_may_be_passed():
 def test_the_magnitude_pair_is_live_too():
     layer = RandAugment(magnitude=(0, 30), num_ops=1, ops=["Posterize"])
     layer.magnitude.assign([30.0, 30.0])
-    images = batch_of(8)
+    images = batch_of(48)
     np.testing.assert_array_equal(augmented(layer, images), images & 0xF0)
 
 
