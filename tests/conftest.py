@@ -9,7 +9,18 @@ from absl import flags
 from absl.testing import flagsaver
 
 LONG = {"augment", "channels", "devices", "distill", "export", "image_ops", "keras_cv", "keras_hub", "models"}
-LONG |= {"adaptive_experiments", "optimizer", "pruning", "readme", "schemes", "teacher_filter", "trajectory"}
+LONG |= {
+    "adaptive",
+    "adaptive_experiments",
+    "experiments",
+    "masks",
+    "optimizer",
+    "pruning",
+    "readme",
+    "schemes",
+    "teacher_filter",
+    "trajectory",
+}
 IN_OTHERS = ("test_experiments", "test_inherit_experiments")  # processes, with the same last bits
 QUICK_XLA = "xla_cpu_use_fusion_emitters"  # without them XLA compiles in two thirds of the time
 IN_ONE_PART = "--xla_cpu_parallel_codegen_split_count=1"  # and small programs as a whole sooner than in parts
