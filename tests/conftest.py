@@ -8,19 +8,8 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-LONG = {"augment", "channels", "devices", "distill", "export", "image_ops", "keras_cv", "keras_hub", "models"}
-LONG |= {
-    "adaptive",
-    "adaptive_experiments",
-    "experiments",
-    "masks",
-    "optimizer",
-    "pruning",
-    "readme",
-    "schemes",
-    "teacher_filter",
-    "trajectory",
-}
+LONG = "adaptive adaptive_experiments augment channels devices distill experiments export image_ops keras_cv keras_hub"
+LONG += " masks models optimizer pruning readme schemes teacher_filter trajectory"
 IN_OTHERS = ("test_experiments", "test_inherit_experiments")  # processes, with the same last bits
 QUICK_XLA = "xla_cpu_use_fusion_emitters"  # without them XLA compiles in two thirds of the time
 IN_ONE_PART = "--xla_cpu_parallel_codegen_split_count=1"  # and small programs as a whole sooner than in parts
@@ -31,7 +20,7 @@ def pytest_collection_modifyitems(items):
     import keras  # here as everywhere: the process that hands out tests would wait for it, and the others for that one
 
     on_tensorflow = keras.backend.backend() == "tensorflow"
-    items.sort(key=lambda item: item.path.stem[5:] not in LONG)  # first, so that two processes end together
+    items.sort(key=lambda item: item.path.stem[5:] not in LONG.split())  # first, so that two processes end together
     for item in items:
         if item.get_closest_marker("tensorflow_only") and not on_tensorflow:
             item.add_marker(pytest.mark.skip(reason=f"needs the TensorFlow backend; this is {keras.backend.backend()}"))
