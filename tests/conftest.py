@@ -102,13 +102,12 @@ def fresh():
 def traced_once(request, monkeypatch):
     """Keras makes the variables of optimizer and metrics before a step of TensorFlow is traced, as it does on JAX.
 
-    By itself it makes them meanwhile, so that TensorFlow traces every step twice; README's tour and what is marked
-    `quick` leave it at that.
+    By itself it makes them meanwhile, so that TensorFlow traces every step twice; what is marked `quick` leaves it at
+    that.
     """
     import keras
 
-    as_users_do = request.node.get_closest_marker("quick") or request.node.path.stem == "test_readme"
-    if keras.backend.backend() == "tensorflow" and not as_users_do:
+    if keras.backend.backend() == "tensorflow" and not request.node.get_closest_marker("quick"):
         monkeypatch.setattr(keras.Model, "_maybe_symbolic_build", _build_if_there_are_weights)
 
 

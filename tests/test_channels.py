@@ -187,6 +187,7 @@ def one_dimension():
 
 
 @pytest.mark.parametrize("build", [convolutions, grouped, gates, shared_and_nested, one_dimension])
+@pytest.mark.once
 def test_without_channels_of_zeros_every_kind_of_layer_computes_the_same(build):
     model = build()
     small = check_exact(model)

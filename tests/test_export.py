@@ -139,6 +139,7 @@ def test_the_model_stays_as_it_is(tmp_path):
     np.testing.assert_array_equal(outputs(model, images(4, 8, 8, 1)), expected)
 
 
+@pytest.mark.once
 def test_any_batch_height_and_width(tmp_path):
     model = tiny(input_shape=(None, None, 1))
     export_saved_model(model, tmp_path / "net")

@@ -79,7 +79,8 @@ def drawn(path, shape):
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("stem", [pytest.param("cifar", marks=pytest.mark.once("jax")), "imagenet"])
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+@pytest.mark.once
 def test_logits_are_pytorchs_for_the_same_weights(network, stem):
     if stem == "cifar":
         model, size = network_for_cifar(network), (7, 10)
