@@ -126,10 +126,12 @@ def lines(axes, arms):
 
 
 def columns(axes, arms):
-    """Draws the accuracy of each arm, one beside the other, where there are no ratios."""
+    """Draws the accuracy of each arm, one beside the other, a group for each ratio if there are several."""
+    ratios, width = sorted({p for cells in arms.values() for p in cells}), len(arms) + 2
     for i, (arm, cells) in enumerate(arms.items()):
-        points(axes, arm, [i], cells.values())
-    axes.set_xticks([])
+        points(axes, arm, [i + width * ratios.index(p) for p in cells], cells.values(), linestyle="none")
+    centers = [(len(arms) - 1) / 2 + width * k for k in range(len(ratios))] if len(ratios) > 1 else []
+    axes.set_xticks(centers, [f"p = {p:g}" for p in ratios] if centers else [])
     axes.margins(x=0.2)
 
 
@@ -171,7 +173,7 @@ def draw(figure, rows):
     return canvas
 
 
-def points(axes, arm, x, cells):
+def points(axes, arm, x, cells, **style):
     """Draws mean ± standard deviation of an arm at each `x`."""
     means, deviations, counts = zip(*cells, strict=True)
     axes.errorbar(
@@ -180,7 +182,7 @@ def points(axes, arm, x, cells):
         deviations if None not in deviations else None,
         capsize=3,
         label=f"{arm} (n = {'–'.join(map(str, sorted({min(counts), max(counts)})))})",
-        **(STAND_OUT if arm in OURS else {}),
+        **(STAND_OUT if arm in OURS else {}) | style,
     )
 
 
