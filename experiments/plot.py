@@ -179,7 +179,7 @@ def points(axes, arm, x, cells, **style):
     axes.errorbar(
         x,
         means,
-        deviations if None not in deviations else None,
+        [np.nan if deviation is None else deviation for deviation in deviations],  # no bar for one seed
         capsize=3,
         label=f"{arm} (n = {'–'.join(map(str, sorted({min(counts), max(counts)})))})",
         **(STAND_OUT if arm in OURS else {}) | style,
