@@ -53,10 +53,9 @@ def adapts(augment):
     return kc.AdaptiveMagnitude(augment, "accuracy", 0.01, step=2)  # which any accuracy is above
 
 
-MOST = 4 if keras.backend.backend() == "jax" else 2  # a replica more is a trace more
 CASES = {  # what is trained, on one device and on so many
     "wrapper, AdaptiveMagnitude": {"devices": 2, "carrier": "wrapper", "moves": adapts},
-    "optimizer, Distiller": {"devices": MOST, "carrier": "optimizer", "around": distilled},
+    "optimizer, Distiller": {"devices": 4, "carrier": "optimizer", "around": distilled},
 }
 
 
@@ -88,7 +87,9 @@ def train(case, count, folder):
             result = training.trained(run, net, schedule=kc.PolynomialDecay(0.0, **SCHEDULE), **settings)
     finally:
         training._prepare = prepare
+    teacher = getattr(fitted[0][0], "teacher", None)
     return {
+        "untouched": teacher is None or all(map(np.array_equal, teacher.get_weights(), network(seed=7).get_weights())),
         "weights": np.concatenate([weight.ravel() for weight in net.get_weights()]).tolist(),
         "accuracies": [result["train_last"], result["validation_last"], result["test_last"]],
         "magnitudes": result.get("magnitudes"),
@@ -104,10 +105,10 @@ def draws():
     alone = [keras.ops.convert_to_numpy(part).tolist() for part in augment.draw(8)]
     import tensorflow as tf
 
-    with devices.spread(2):
+    with devices.spread(4):
         augment = kc.RandAugment((0, 30), seed=3)
         strategy = tf.distribute.get_strategy()
-        parts = [strategy.experimental_local_results(part) for part in strategy.run(lambda: augment.draw(4))]
+        parts = [strategy.experimental_local_results(part) for part in strategy.run(lambda: augment.draw(2))]
     return alone, [np.concatenate([np.asarray(piece) for piece in part], axis=-1).tolist() for part in parts]
 
 
@@ -132,7 +133,7 @@ def optimizers():
 def scheduled():
     """Returns the magnitude to which a scheduler has led an augmentation in four steps of two replicas."""
     with devices.spread(2):
-        augment = kc.RandAugment(magnitude=14, ops=["Rotate", "Solarize"], seed=0)
+        augment = kc.RandAugment(magnitude=14, seed=0)
         model = keras.Sequential([keras.Input((8, 8, 3)), augment, keras.layers.Flatten(), keras.layers.Dense(2)])
         model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     images, labels = images_and_labels(32)
@@ -160,22 +161,25 @@ def distillers():
 
 OF_TWO = {"optimizers": optimizers}
 if keras.backend.backend() == "tensorflow":
-    OF_TWO |= {"scheduled": scheduled, "distillers": distillers, "draws": draws}
+    OF_TWO |= {"scheduled": scheduled, "distillers": distillers}
 
 
-def main():
-    devices.claim(MOST)
+def main(cases):
+    """Prints what the cases leave; with the first, what is asked of two devices; with the last, draws of four."""
+    devices.claim(max(CASES[case]["devices"] for case in cases))
     if keras.backend.backend() == "tensorflow":  # as in conftest.py: these graphs run a few times
         import tensorflow as tf
 
         tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
-    of_two = {name: make() for name, make in OF_TWO.items()}
+    others = {name: make() for name, make in OF_TWO.items() if "wrapper, AdaptiveMagnitude" in cases}
+    if keras.backend.backend() == "tensorflow" and "optimizer, Distiller" in cases:
+        others["draws"] = draws()
     training.rand_augment = lambda run, seed: kc.RandAugment(run.magnitude, ops=["Rotate", "Solarize"], seed=seed)
     splits = [images_and_labels(n) for n in (40, 13, 13)]  # of 13, no number of devices has equal parts
     training._load = lambda *_: datasets.Data(*splits, 3, True, 128, (128,) * 3, (64,) * 3)
     with tempfile.TemporaryDirectory() as folder:
-        left = {case: [train(case, count, folder) for count in (1, CASES[case]["devices"])] for case in CASES}
-    print(json.dumps(left | of_two))
+        left = {case: [train(case, count, folder) for count in (1, CASES[case]["devices"])] for case in cases}
+    print(json.dumps(left | others))
 
 
 # --- the claims ---
@@ -188,10 +192,14 @@ def report():
     environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(["tests", ".", os.environ.get("PYTHONPATH", "")])
     settings = {"cwd": pathlib.Path(__file__).parents[1], "env": environment, "text": True, "capture_output": True}
-    code = "import test_devices; test_devices.main()"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False, **settings)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    report = {}
+    # TensorFlow's collective operations allow one number of devices in a process
+    for cases in [list(CASES)] if keras.backend.backend() == "jax" else [[case] for case in CASES]:
+        code = f"import test_devices; test_devices.main({cases})"
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False, **settings)
+        assert done.returncode == 0, done.stderr[-3000:]
+        report |= json.loads(done.stdout.splitlines()[-1])
+    return report
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -202,6 +210,7 @@ def test_a_training_on_several_devices_is_that_on_one_up_to_rounding(report, cas
     assert several["magnitudes"] == alone["magnitudes"] == ([9, 11] if "moves" in CASES[case] else None)
     assert several["sparsity"] == alone["sparsity"] == pytest.approx(0.5, abs=0.01)
     assert several["same"]
+    assert several["untouched"]  # a teacher, whose augmented candidates are chosen among
     assert [len(copies) for copies in several["masks"]] == [CASES[case]["devices"]] * 2
     assert [copies[0] for copies in several["masks"]] == [copies[0] for copies in alone["masks"]]
 
@@ -233,7 +242,8 @@ def test_images_of_several_devices_draw_what_they_draw_on_one(report):
     for of_one, of_all in zip(alone, several, strict=True):
         np.testing.assert_allclose(of_all, of_one, rtol=1e-6)
     op, _, magnitude = several
-    assert not np.array_equal(*np.split(np.asarray(op), 2, axis=1))  # replicas draw other operations
+    of_replicas = np.split(np.asarray(op), 4, axis=1)
+    assert not all(np.array_equal(of_replicas[0], each) for each in of_replicas)  # they draw other operations
     assert len(set(magnitude)) == 8
 
 
