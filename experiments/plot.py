@@ -166,7 +166,7 @@ def draw(figure, rows):
         accuracy = shown_accuracy(panel[0])
         FIGURES[figure](axes, statistics(panel, accuracy))
         axes.set_ylabel(f"{accuracy.partition('_')[0]} accuracy (%)")
-        wrapped = (textwrap.fill(line, 72) for line in title(panel).splitlines())
+        wrapped = (textwrap.fill(line, 64) for line in title(panel).splitlines())
         axes.set_title("\n".join(wrapped), fontsize="medium")
         axes.grid(alpha=0.3)
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
