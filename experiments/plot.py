@@ -62,7 +62,7 @@ def title(rows):
     of += f"{stages}, keras-cv's RandAugment" if row.get("augmenter") == "keras_cv" else stages
     of += f", crops from {100 * row['crop_area']:g} %" if row.get("crop_area") else ""
     of += ", RandAugment in the pipeline" if row.get("augment_in") == "pipeline" else ""
-    of += "" if row.get("strong") is None else f", strong is M = {row['strong']:g}"
+    of += "" if row.get("strong") is None else f", strong is M\u00a0=\u00a0{row['strong']:g}"
     of += "" if row.get("teacher") is None else f"\nteacher: {row['teacher']}"
     name = f"{row['dataset']} ({row['content'].rpartition(' ')[0]})" if row.get("content") else row["dataset"]
     return f"{row['model']}, {name}, {row['images']['train']:,} images{of}"
