@@ -7,7 +7,7 @@ RandAugment, at one strong magnitude, or at a magnitude that `kc.SparsityLinkedM
 goes. Digits come with scikit-learn; `--dataset=cifar10` takes 1,000 images of CIFAR-10 at 16x16 instead, downloaded by
 Keras or from `--data_dir`.
 
-Time: 24 trainings on two cores, the digits in two minutes, CIFAR-10 in ten. `--smoke` takes half a minute.
+Time: 24 trainings on two cores, the digits in two minutes, CIFAR-10 in twelve. `--smoke` takes half a minute.
 """
 
 import pathlib
