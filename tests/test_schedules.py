@@ -32,10 +32,10 @@ new = {name.partition(".")[0] for name in set(sys.modules) - modules} - set(sys.
 found = {"environment": dict(os.environ) == before, "new": sorted(new)}
 kc.PolynomialDecay(0.0, 0.5, 0, 10)
 found["keras_cv"] = "keras_cv" in sys.modules
-import tensorflow as tf
 from kerascompress import keras_cv
 layer = keras_cv.RandAugment((0, 255))
 layer.magnitude.assign(4)
+import tensorflow as tf
 found |= {"keras": tf.keras.__version__, "legacy": os.environ.get("TF_USE_LEGACY_KERAS")}
 print(json.dumps(found | {"magnitude": float(layer.magnitude), "layer": type(layer).__mro__[1].__module__}))
 """)
