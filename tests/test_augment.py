@@ -428,8 +428,8 @@ def test_dark_images_and_slight_overshoots_are_not_taken_for_another_scale(layer
 def test_images_of_a_size_that_the_trace_does_not_know_get_the_same_pixels():
     import tensorflow as tf
 
-    images, random = batch_of(28), np.random.default_rng(0)
-    op = np.stack([random.permutation(28) % len(OPS) for _ in range(2)]).astype("int32")
+    images, random = batch_of(48), np.random.default_rng(0)
+    op = np.stack([random.permutation(48) % len(OPS) for _ in range(2)]).astype("int32")
     sign = np.where(np.array([row.signed for row in OPS])[op], random.choice([-1, 1], op.shape), 1)
     argument = (0.6 * sign * np.array([row.argument for row in OPS])[op]).astype("float32")
     per_image = [tf.TensorSpec((2, None), dtype) for dtype in ("int32", "float32")]
