@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 
 import keras
 import numpy as np
@@ -142,6 +143,8 @@ def workers(request, monkeypatch):
     if request.param == "ray":
         pytest.importorskip("ray", reason="needs Ray: pip install 'kerascompress[ray]'")
         monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # it warns of a change to come
+        # how Ray starts its processes, of which JAX, having computed here, warns
+        warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
         path = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))  # Ray's processes import what pytest has imported
     return request.param
