@@ -32,7 +32,7 @@ evidence-small: install  ## Figure 1 at the scale of README's figure, one seed; 
 
 test: test-tensorflow test-jax  ## run the tests on the TensorFlow and the JAX backend
 
-test-quick: install  ## the heart of every module, on TensorFlow, in about a minute
+test-quick: install  ## the heart of every module, on TensorFlow, in under a minute
 	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest $(PARALLEL) -m quick
 
 test-tensorflow: install
