@@ -27,7 +27,6 @@ With --teacher, every arm is a student of that teacher, as in Figure 7 without s
 import re
 
 import keras
-import matplotlib.figure
 import numpy as np
 from absl import app
 from absl import flags as absl_flags
@@ -43,7 +42,6 @@ ARMS = ("trivial", "line", "accuracy=0.6", "gap=0.15", "held-accuracy", "held-ga
 DENSE = 9  # the magnitude at which the operating point of held-* is measured
 MOVED = ("accuracy", "gap", "held-accuracy", "held-gap")
 WARMUP = 10  # epochs of TrivialAugment before EntAugment's own magnitudes
-PAPER = {0.0: 14, 0.2: 12, 0.4: 8, 0.6: 4}
 SMOKE = {"sparsities": (0.0, 0.6), "magnitudes": (None, 9), "arms": ("trivial", "gap=0.15", "entropy-image")}
 
 FLAGS = absl_flags.FLAGS
@@ -138,7 +136,7 @@ class EntAugment(keras.Model):
 
 
 class Shown(keras.callbacks.Callback):
-    """Logs the mean magnitude to which an epoch has led."""
+    """Logs the mean magnitude to which an epoch has led, at which the next one is trained."""
 
     def __init__(self, augment):
         super().__init__()
@@ -147,7 +145,8 @@ class Shown(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         _ = self.model  # on JAX: brings the state back before it is read
         magnitudes = self.augment.magnitudes(ops.convert_to_tensor(self.augment.certainty))
-        logs["magnitude"] = float(np.mean(ops.convert_to_numpy(magnitudes)))
+        is_warm = ops.convert_to_numpy(self.augment.steps) >= self.augment.warmup
+        logs["magnitude"] = float(np.mean(ops.convert_to_numpy(magnitudes))) if is_warm else 15.0  # of 0 to 30
 
 
 def distilled(around):
@@ -221,32 +220,6 @@ def of_figure_1(rows, run):
     return row and row | {name: run.key[name] for name in ("figure", "evaluate_every")}
 
 
-# What the rows show
-
-
-def draw(rows):
-    """Returns a figure of M over the epochs: a panel for each rule that moves it, a line for each ratio."""
-    arms = list(dict.fromkeys(row["arm"] for row in rows if "magnitudes" in row))
-    ratios = sorted({row["sparsity"] for row in rows})
-    figure = matplotlib.figure.Figure(figsize=(4.2 * len(arms), 3.6), layout="constrained", dpi=150)
-    figure.suptitle(plot.title(rows), fontsize="medium")
-    for axes, arm in zip(figure.subplots(1, len(arms), sharey=True, squeeze=False)[0], arms, strict=True):
-        for p, magnitude in PAPER.items():
-            axes.axhline(magnitude, color="#cccccc", linestyle="--", linewidth=1, zorder=0)
-            if axes is figure.axes[0]:
-                axes.text(0, magnitude, f"the paper's at p = {p:g}", fontsize="x-small", color="#888888", va="bottom")
-        for p, colour in zip(ratios, (plot.COLOURS[1:] + plot.COLOURS[:1]) * len(ratios), strict=False):
-            seeds = [row["magnitudes"] for row in rows if row["arm"] == arm and row["sparsity"] == p]
-            if seeds:
-                epochs = np.arange(1, len(seeds[0]) + 1)
-                axes.plot(epochs, np.mean(seeds, axis=0), color=colour, label=f"p = {p:g} (n = {len(seeds)})")
-                axes.fill_between(epochs, np.min(seeds, axis=0), np.max(seeds, axis=0), color=colour, alpha=0.2)
-        axes.set(title=arm, xlabel="epoch", ylim=(-1, 30))
-        axes.legend(fontsize="x-small", frameon=False)
-    figure.axes[0].set_ylabel("magnitude M")
-    return figure
-
-
 def main(_):
     if FLAGS.augmenter != "kerascompress":
         raise ValueError("TrivialAugment and EntAugment draw magnitudes, which keras-cv's does not. Leave --augmenter.")
@@ -260,10 +233,6 @@ def main(_):
     rows += study.carry_out([run for run, row in planned.items() if not row], outcome)
     plot.show("adaptive", rows, study.out)
     print(f"\nAgainst the best constant, named at the top:\n\n{regrets.markdown(regrets.lines(rows))}\n")
-    if any("magnitudes" in row for row in rows):
-        path = study.out.with_stem(f"{study.out.stem}_magnitudes")
-        draw(rows).savefig(path)
-        print(f"Magnitudes: {path}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 prints them as README shows them. A claim is a difference, or several, that is positive where the paper is right, taken
 seed by seed. Its t interval decides: *reproduced* where it lies above 0, *refuted* where it lies below, else
-*undecided*; *at chance* is undecided where no seed shows a difference, since neither arm has learned anything.
+*undecided*; *at chance* is undecided where all seeds of all arms have one accuracy, that of a constant.
 """
 
 import collections
@@ -51,11 +51,12 @@ class Verdict:
     low: float
     high: float
     n: int
+    chance: bool = False  # nothing has learned anything
 
     @property
     def word(self):
-        if self.mean == self.std == 0:
-            return "at chance"
+        if self.chance or self.std == 0:  # without a spread there is no interval
+            return "at chance" if self.chance else "undecided"
         return "reproduced" if self.low > 0 else "refuted" if self.high < 0 else "undecided"
 
     @property
@@ -64,11 +65,11 @@ class Verdict:
         return f"{self.label}: {numbers}" if self.label else numbers
 
 
-def decide(label, differences):
+def decide(label, differences, *, chance=False):
     """Returns the verdict of at least two differences, one a seed."""
     n, mean, std = len(differences), np.mean(differences), np.std(differences, ddof=1)
     half = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * std / n**0.5
-    return Verdict(label, mean, std, mean - half, mean + half, n)
+    return Verdict(label, mean, std, mean - half, mean + half, n, chance)
 
 
 def verdicts(claim, rows):
@@ -86,7 +87,9 @@ def verdicts(claim, rows):
         for n in claim.looks:
             if not by_seed[0] or any(by_seed[seed].keys() != by_seed[0].keys() for seed in range(n)):
                 break
-            verdict = decide(part.label, [part.measure(by_seed[seed]) for seed in range(n)])
+            accuracies = {row["test_last"] for seed in range(n) for row in by_seed[seed].values()}
+            differences = [part.measure(by_seed[seed]) for seed in range(n)]
+            verdict = decide(part.label, differences, chance=len(accuracies) == 1)
             if verdict.word in ("reproduced", "refuted"):
                 break
         made += [verdict] if verdict else []
@@ -96,6 +99,11 @@ def verdicts(claim, rows):
 def constant(arm):
     """Returns the magnitude that an arm holds; none is 0, and what holds none is infinite."""
     return 0.0 if arm == "none" else float(arm[2:]) if re.fullmatch(r"M=[\d.]+", arm) else math.inf
+
+
+def best(validation):
+    """Returns the constant arm of the best mean accuracy, the weakest of several, whatever their order."""
+    return max(validation, key=lambda arm: (round(validation[arm], 9), -constant(arm)))
 
 
 def optimal(test):
@@ -109,8 +117,9 @@ def maximal(test):
 def falls(chosen):
     """Returns the part that says that a seed's optimal or maximal magnitude is smaller at .97 than at 0."""
 
-    def at(ratio, cells):
-        return chosen({constant(arm): row["test_last"] for (arm, p), row in cells.items() if p == ratio})
+    def at(ratio, cells):  # none stands at 0, and M = 0, which is another thing, is not among the magnitudes
+        test = {arm: row["test_last"] for (arm, p), row in cells.items() if p == ratio and arm != "M=0"}
+        return chosen({constant(arm): accuracy for arm, accuracy in test.items()})
 
     return lambda rows: [Part("", None, (0.0, 0.97), lambda cells: at(0.0, cells) - at(0.97, cells))]
 
@@ -140,7 +149,7 @@ def over_tuned(rows):
             validation[row["arm"]].append(row["validation_last"])
     if not validation:
         return []
-    return leads("teacher filter", max(validation, key=lambda arm: np.mean(validation[arm])), STUDENTS)(rows)
+    return leads("teacher filter", best({arm: np.mean(of) for arm, of in validation.items()}), STUDENTS)(rows)
 
 
 def spaced(arm):
@@ -151,11 +160,11 @@ DENSE, SPARSE, FEWER, STUDENTS = (0.0,), (0.97,), (0.6, 0.9, 0.97), (0.0, 0.8)
 SECOND = (("cifar100", "CIFAR-100"), ("mobilenet", "MobileNetV2"))
 OPTIMA, MAXIMA = falls(optimal), falls(maximal)
 CLAIMS = (
-    Claim("small_fig1", "the optimal magnitude falls with p: M* at 0 less M* at .97, in steps of M", "1", OPTIMA),
+    Claim("small_fig1", "the optimal magnitude falls with p: M* at 0 less M* at .97, in units of M", "1", OPTIMA),
     Claim("small_fig1", "the maximal magnitude falls with p: the same", "1", MAXIMA),
     Claim("small_fig1", "strong helps a dense network: M = 14 over none, p = 0", "1", leads("M=14", "none", DENSE)),
     Claim("small_fig1", "and harms a pruned one: none over M = 14, p = .97", "1", leads("none", "M=14", SPARSE)),
-    Claim("small_fig2", "on ImageNet too: M* at 0 less M* at .97, in steps of M", "2", OPTIMA, looks=(3,)),
+    Claim("small_fig2", "on ImageNet too: M* at 0 less M* at .97, in units of M", "2", OPTIMA, looks=(3,)),
     Claim("small_fig2", "the same of the maximal magnitude", "2", MAXIMA, looks=(3,)),
     Claim("small_fig2", "M = 14 over none, p = 0", "2", leads("M=14", "none", DENSE), looks=(3,)),
     Claim("small_fig2", "none over M = 14, p = .97", "2", leads("none", "M=14", SPARSE), looks=(3,)),
@@ -163,7 +172,7 @@ CLAIMS = (
         Claim(f"small_fig1_{stem}", f"{name}: {paper}", "1", parts, looks=(3,))
         for stem, name in SECOND
         for paper, parts in (
-            ("M* at 0 less M* at .97, in steps of M", OPTIMA),
+            ("M* at 0 less M* at .97, in units of M", OPTIMA),
             ("the same of the maximal magnitude", MAXIMA),
             ("M = 14 over none, p = 0", leads("M=14", "none", DENSE)),
             ("none over M = 14, p = .97", leads("none", "M=14", SPARSE)),

@@ -80,7 +80,8 @@ def _is_done(run):
 def _row(outcome, run):
     """Carries out a run where this is called, and returns its row."""
     with devices.spread(run.devices):
-        return run.key | outcome(run) | provenance() | ({"devices": run.devices} if run.devices > 1 else {})
+        where = provenance()  # before: a run of hours may outlast the commit that it began with
+        return run.key | outcome(run) | where | ({"devices": run.devices} if run.devices > 1 else {})
 
 
 @contextlib.contextmanager
@@ -156,10 +157,10 @@ class _Pool(_Engine):
 
     def start(self, run):
         slot = self.idle.popleft()
-        if slot not in self.workers:
+        if slot not in self.workers or not self.workers[slot][0].is_alive():  # it may have died while it was idle
             self.workers[slot] = self._spawn(slot)
         self.running[run], self.at[slot] = 0, run
-        with contextlib.suppress(OSError):  # it died while it was idle, which `wait` sees
+        with contextlib.suppress(OSError):  # it has just died, which `wait` sees
             self.workers[slot][1].send(run)
 
     def _spawn(self, slot):

@@ -257,7 +257,7 @@ class Study:
 
     def carry_out(self, runs, outcome):
         """Returns the rows of all runs, once those that have none yet are carried out."""
-        rows = read_rows(self.results)
+        runs, rows = list(dict.fromkeys(runs)), read_rows(self.results)  # a seed that is named twice counts once
         todo = [run for run in runs if find(rows, run) is None]
         for run in {run.model: run for run in todo}.values():
             training.check(run)

@@ -33,6 +33,12 @@ class Keeper(keras.callbacks.Callback):
         path = self.run.folder / STATE
         if path.exists():
             history, state, self.best = load_arrays(path, "state", "best")
+            ours = keras.backend.backend()
+            if (theirs := history.get("backend", ours)) != ours:
+                raise ValueError(
+                    f"{self.run} was begun on the backend {theirs}. Received: {ours}. Go on with "
+                    f"KERAS_BACKEND={theirs}, or delete {path}: the run starts again."
+                )
             self.looks, self.epochs, self.seconds = history["looks"], history["epochs"], history["seconds"]
             self.of_epochs = history.get("of_epochs", self.of_epochs)  # older states lack it
             assign(self.variables, state)
@@ -61,6 +67,7 @@ class Keeper(keras.callbacks.Callback):
 
     def save(self):
         history = {"looks": self.looks, "epochs": self.epochs, "seconds": self.seconds, "of_epochs": self.of_epochs}
+        history["backend"] = keras.backend.backend()
         save_arrays(self.run.folder / STATE, history, state=numpy(self.variables), best=self.best)
 
     @property

@@ -35,7 +35,8 @@ SETTING += ("content", "augment_in", "crop_area")  # of images in files
 OURS = ("decayed", "linked", "inherit", "teacher filter")  # the paper's own arms stand out
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the marker says it again.
 COLOURS = ["#999999", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#000000"]
-STYLES = cycler.cycler(color=COLOURS, marker=list("so^vDPX"))
+STYLES = cycler.cycler(linestyle=["-", "--", ":"]) * cycler.cycler(color=COLOURS, marker=list("so^vDPX"))
+PAPER = {0.0: 14, 0.2: 12, 0.4: 8, 0.6: 4}  # its optimal magnitudes: ResNet-20, CIFAR-100
 STAND_OUT = {"color": "#0072B2", "marker": "*", "markersize": 10, "linewidth": 2.5, "zorder": 3}
 
 
@@ -137,11 +138,11 @@ def columns(axes, arms):
 
 def curves(axes, arms):
     """Draws accuracy over the magnitude, a line a ratio, and what `kc.search_magnitude` finds in it."""
-    places = {arm: claims.constant(arm) or -2 for arm in arms}
+    places = {arm: -2 if arm == "none" else claims.constant(arm) for arm in arms}
     for p in sorted({p for cells in arms.values() for p in cells}):
         cells = {arm: cells[p] for arm, cells in arms.items() if p in cells}
         points(axes, f"p = {p:g}", [places[arm] for arm in cells], cells.values())
-        mean = {None if arm == "none" else places[arm]: cell[0] for arm, cell in cells.items()}
+        mean = {None if arm == "none" else places[arm]: accuracy for arm, (accuracy, *_) in cells.items()}
         if None in mean and len(mean) > 1:
             found = kc.search_magnitude(mean.get, [m for m in mean if m is not None], verbose=0)
             best = None if found.maximal is None else found.optimal  # no magnitude is as good as none
@@ -173,6 +174,29 @@ def draw(figure, rows):
     return canvas
 
 
+def magnitudes(rows):
+    """Returns a figure of M over the epochs: a panel for each rule that moves it, a line for each ratio."""
+    arms = list(dict.fromkeys(row["arm"] for row in rows if "magnitudes" in row))
+    ratios = sorted({row["sparsity"] for row in rows})
+    figure = matplotlib.figure.Figure(figsize=(4.2 * len(arms), 3.6), layout="constrained", dpi=150)
+    figure.suptitle(title(rows), fontsize="medium")
+    for axes, arm in zip(figure.subplots(1, len(arms), sharey=True, squeeze=False)[0], arms, strict=True):
+        for p, magnitude in PAPER.items():
+            axes.axhline(magnitude, color="#cccccc", linestyle="--", linewidth=1, zorder=0)
+            if axes is figure.axes[0]:
+                axes.text(0, magnitude, f"the paper's at p = {p:g}", fontsize="x-small", color="#888888", va="bottom")
+        for p, colour in zip(ratios, (COLOURS[1:] + COLOURS[:1]) * len(ratios), strict=False):
+            seeds = [row["magnitudes"] for row in rows if row["arm"] == arm and row["sparsity"] == p]
+            if seeds:
+                epochs = np.arange(1, len(seeds[0]) + 1)
+                axes.plot(epochs, np.mean(seeds, axis=0), color=colour, label=f"p = {p:g} (n = {len(seeds)})")
+                axes.fill_between(epochs, np.min(seeds, axis=0), np.max(seeds, axis=0), color=colour, alpha=0.2)
+        axes.set(title=arm, xlabel="epoch", ylim=(-1, 30))
+        axes.legend(fontsize="x-small", frameon=False)
+    figure.axes[0].set_ylabel("magnitude M")
+    return figure
+
+
 def points(axes, arm, x, cells, **style):
     """Draws mean ± standard deviation of an arm at each `x`."""
     means, deviations, counts = zip(*cells, strict=True)
@@ -198,6 +222,10 @@ def show(figure, rows, out):
             path = out.with_stem(f"{out.stem}_validation") if choosing else out
             draw(figure, some).savefig(path)
             print(f"Figure: {path}")
+    if figure == "adaptive" and any("magnitudes" in row for row in rows):
+        path = out.with_stem(f"{out.stem}_magnitudes")
+        magnitudes(rows).savefig(path)
+        print(f"Magnitudes: {path}")
 
 
 def main(_):
@@ -209,7 +237,7 @@ def main(_):
             raise app.UsageError(f"{path} holds no row of a figure.")
         show(rows[0]["figure"], rows, path.with_suffix(".png") if FLAGS.out is None else pathlib.Path(FLAGS.out))
     if FLAGS.all:
-        print(f"\n{claims.table()}\n\n{regrets.table()}".rstrip())
+        print("\n\n".join(["", claims.table(), regrets.table(), regrets.developed()]).rstrip())
 
 
 if __name__ == "__main__":

@@ -13,15 +13,19 @@ from scipy import stats
 
 from experiments import claims, runs
 
-SETTINGS = (  # name, its rows, and Figure 1's rows where the constants are there
+DEVELOPING = (  # name, its rows, and Figure 1's rows where the constants are there
     ("CIFAR-10, 500 images; developed on", "adaptive_500", None),
     ("CIFAR-10, 2,000 images; developed on", "adaptive_2000", None),
+)
+SETTINGS = (
+    *DEVELOPING,
     ("CIFAR-10, 1,000 images", "adaptive_1000", "small_fig1"),
     ("CIFAR-100, 2,000 images", "adaptive_cifar100", "small_fig1_cifar100"),
     ("MobileNetV2, CIFAR-10, 1,000 images", "adaptive_mobilenet", "small_fig1_mobilenet"),
     ("digits, 200 images", "adaptive_digits", None),
     ("a distilled student, CIFAR-10, 1,000 images", "adaptive_distilled", None),
 )
+SEEDS = 3  # of a complete setting, at least
 RULE = "gap=0.15"  # what `kc.AdaptiveMagnitude` does by default
 
 
@@ -46,7 +50,7 @@ def regrets(rows):
     table = by_arm(rows)
     best = {}
     for p in sorted({row["sparsity"] for row in rows}):
-        best[p] = max(constants(table), key=lambda arm: mean(table[arm][p], "validation_last"))
+        best[p] = claims.best({arm: mean(table[arm][p], "validation_last") for arm in constants(table)})
 
     def regret(row):
         of_best = table[best[row["sparsity"]]][row["sparsity"]][row["seed"]]
@@ -101,7 +105,29 @@ def rows_of(stem, figure_1):
         cells[row["arm"]].add((row["sparsity"], row["seed"]))
     ratios, seeds = ({each[i] for each in asked} for i in range(2))
     whole = len(asked) == len(ratios) * len(seeds) and all(each == asked for each in cells.values())
-    return rows if whole and len(seeds) > 1 and len(constants(cells)) > 1 else []
+    return rows if whole and len(seeds) >= SEEDS and len(constants(cells)) > 1 else []
+
+
+def developed():
+    """Returns the rules in the order in which developing chooses, as a Markdown table; none before all rows are there.
+
+    The regret of each setting and ratio is the median over the seeds: one network that one threshold has cut through
+    would else outweigh all others.
+    """
+    names, *_ = zip(*DEVELOPING, strict=True)
+    rows = [rows_of(*files) for _, *files in DEVELOPING]
+    if not all(rows):
+        return ""
+    means = collections.defaultdict(list)
+    for some in rows:
+        for arm, cells in regrets(some)[1].items():
+            seeds = [list(of_seeds.values()) for of_seeds in cells.values()]  # of each ratio
+            means[arm].append((np.mean(np.median(seeds, axis=1)), np.mean(seeds)))
+    made = [["regret (points)", *(f"median of seeds, {name}" for name in names), "both", "mean of seeds, both"]]
+    for arm, of_settings in sorted(means.items(), key=lambda item: np.mean(item[1], axis=0)[0]):
+        medians = [median for median, _ in of_settings]
+        made.append([arm, *(f"{each:.2f}" for each in (*medians, *np.mean(of_settings, axis=0)))])
+    return markdown(made)
 
 
 def table():
@@ -113,7 +139,9 @@ def table():
         if not rows:
             continue
         found, (best, cells) = by_arm(rows), regrets(rows)
-        single = max(constants(found), key=lambda arm: np.mean([mean(found[arm][p], "validation_last") for p in best]))
+        single = claims.best(
+            {arm: np.mean([mean(found[arm][p], "validation_last") for p in best]) for arm in constants(found)}
+        )
         accuracy = 100 * np.mean([mean(found[arm][p], "test_last") for p, arm in best.items()])
         entries = []
         for arm in ("none", "trivial", single, RULE):

@@ -125,28 +125,45 @@ def test_the_table_of_all_settings_is_made_of_their_rows_and_of_figure_1s(tmp_pa
     monkeypatch.setattr(claims, "RESULTS", tmp_path)
     assert regrets.table() == ""
     constants = [
-        row_of(arm, seed, v, v, p) for arm, v in (("none", 0.5), ("M=4", 0.6)) for p in (0, 0.9) for seed in (0, 1)
+        row_of(arm, seed, v, v, p) for arm, v in (("none", 0.5), ("M=4", 0.6)) for p in (0, 0.9) for seed in (0, 1, 2)
     ]
-    constants += [row_of("M=4", 2, 0.1, 0.1)]  # a seed of Figure 1 alone
+    constants += [row_of("M=4", 3, 0.1, 0.1)]  # a seed of Figure 1 alone
     ours = [
         row_of(arm, seed, 0, 0.57 + 0.01 * seed, p)
         for arm in ("trivial", "gap=0.15")
         for p in (0, 0.9)
-        for seed in (0, 1)
+        for seed in (0, 1, 2)
     ]
     (tmp_path / "small_fig1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in constants))
-    one_seed = [row for row in ours if row["seed"] == 0]
-    one_ratio_more = [row for row in ours if row["seed"] == 0 or row["sparsity"] == 0]
-    for rows in (ours[:-1], one_seed, one_ratio_more, ours):
+    two_seeds = [row for row in ours if row["seed"] < 2]
+    one_ratio_more = [row for row in ours if row["seed"] < 2 or row["sparsity"] == 0]
+    for rows in (ours[:-1], two_seeds, one_ratio_more, ours):
         assert regrets.table() == ""  # a run is missing, or another seed, or a ratio of it
         (tmp_path / "adaptive_1000.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     *_, last = regrets.table().splitlines()
-    t = 12.706 * np.std([3, 2], ddof=1) / 2**0.5
-    ours = f"+2.50 ± {t:.2f}, largest +2.50"
+    t = 4.303 * np.std([3, 2, 1], ddof=1) / 3**0.5
+    ours = f"+2.00 ± {t:.2f}, largest +2.00"
     assert last == (
         "| CIFAR-10, 1,000 images | 60.00 (2 a ratio) | +10.00 ± 0.00, largest +10.00 "
-        f"| {ours} | M = 4: +0.00 ± 0.00, largest +0.00 | {ours} | 2 |"
+        f"| {ours} | M = 4: +0.00 ± 0.00, largest +0.00 | {ours} | 3 |"
     )
+
+
+def test_developing_ranks_by_the_median_over_the_seeds_so_that_one_broken_network_chooses_nothing(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(claims, "RESULTS", tmp_path)
+    rows = [row_of(arm, seed, v, v) for arm, v in (("none", 0.5), ("M=4", 0.6)) for seed in range(3)]
+    rows += [row_of("gap=0.15", seed, 0, v) for seed, v in enumerate((0.59, 0.1, 0.59))]
+    rows += [row_of("trivial", seed, 0, 0.57) for seed in range(3)]
+    for name in ("adaptive_500", "adaptive_2000"):
+        assert regrets.developed() == ""
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    *_, constant, rule, trivial, none = regrets.developed().splitlines()
+    assert constant.startswith("| M=4 | 0.00 ")
+    assert rule == "| gap=0.15 | 1.00 | 1.00 | 1.00 | 17.33 |"
+    assert trivial == "| trivial | 3.00 | 3.00 | 3.00 | 3.00 |"
+    assert none.startswith("| none | 10.00 ")
 
 
 @pytest.mark.parametrize(

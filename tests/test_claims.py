@@ -62,6 +62,21 @@ def test_where_neither_arm_has_learned_anything_the_verdict_says_so():
     assert (verdict.word, verdict.n) == ("at chance", 15)  # both looks were due
 
 
+def test_differences_without_a_spread_decide_nothing_and_are_at_chance_only_where_all_accuracies_are_one():
+    same = rows_of("none", [0.4, 0.5, 0.4, 0.5, 0.4]), rows_of("M=14", [0.4, 0.5, 0.4, 0.5, 0.4])
+    assert [verdict.word for verdict in verdicts(*same)] == ["undecided"]
+    claim = claims.Claim("study", "falls", "Fig. 0", claims.falls(claims.maximal), looks=(3,))
+    falling = [rows_of("none", [0.4] * 3, p) + rows_of("M=22", [0.5 - p / 4] * 3, p) for p in (0.0, 0.97)]
+    (verdict,) = claims.verdicts(claim, [row for some in falling for row in some])
+    assert (verdict.mean, verdict.std, verdict.word) == (22, 0, "undecided")
+
+
+def test_of_equal_constants_the_weakest_is_the_best_in_any_order_of_rows():
+    for arms in (["M=14", "M=2", "none"], ["none", "M=2", "M=14"]):
+        assert claims.best(dict.fromkeys(arms, 0.4) | {"none": 0.3}) == "M=2"
+    assert claims.best({"M=4": 0.1 + 0.2, "M=2": 0.3}) == "M=2"  # but for rounding
+
+
 def test_a_line_of_the_table_names_the_ratios_of_each_verdict(tmp_path, monkeypatch):
     cells = [(0.6, 0.05), (0.8, 0.0), (0.9, -0.05), (0.97, 0.05)]
     noise = np.array([0.0, 0.01, -0.01, 0.005, -0.005])

@@ -366,6 +366,32 @@ def test_damaged_checkpoint_is_an_error_that_names_it(tmp_path):
 
 
 @pytest.mark.once
+def test_a_state_of_another_backend_is_an_error_that_names_both(tmp_path, monkeypatch):
+    run = run_of(tmp_path, "M=9", epochs=2)
+    fitted = one_layer(run)
+    fitted.compile("sgd")
+    monkeypatch.setattr(keras.backend, "backend", lambda: "numpy")
+    kept = keeper.Keeper(run, fitted, 0)
+    run.folder.mkdir(parents=True)
+    kept.save()
+    monkeypatch.undo()
+    with pytest.raises(
+        ValueError, match=r"begun on the backend numpy\. Received: (tensorflow|jax|torch)\..*KERAS_BACKEND"
+    ):
+        kept.load()
+
+
+@pytest.mark.once
+def test_a_seed_that_is_named_twice_counts_once(tmp_path):
+    with flagsaver.flagsaver():
+        absl_flags.FLAGS(["test", "--dataset=digits", f"--results={tmp_path}/rows.jsonl", "--seeds=0,0"])
+        study = fig3.flags.Study("fig3", takes=("sparsities",), carrier="wrapper")
+        planned = [study.run(arm="none", sparsity=0.0, magnitude=None, seed=seed) for seed in study.seeds]
+        runs.append_row(tmp_path / "rows.jsonl", planned[0].key | {"test_last": 0.5})
+        assert len(study.carry_out(planned, raises_dies_or_returns)) == 1
+
+
+@pytest.mark.once
 def test_learning_rate_is_a_cosine_with_steps_at_epochs_90_and_180_of_200():
     rate = [training.learning_rate(epoch, 200, 0.1) for epoch in range(200)]
     assert rate[0] == 0.1
