@@ -9,6 +9,10 @@ Paper (Section IV-A): on ImageNet too, a network in a larger size prefers augmen
 are in the figure only, and neither the ratios nor the recipe are named. Here MobileNetV2 is trained as it was published
 (150 epochs, batch 256, SGD from 0.05 along one cosine, weight decay 4e-5, crops of 224x224).
 
+Measured: 20 classes of Tiny-ImageNet at 24x24, ResNet-8, 100 epochs; test accuracy, mean ± std (n = 3): best M = 9 at
+p = 0 (40.17 ± 0.58, none 36.58 ± 1.46) and 2 at .97 (33.50 ± 0.87, none 33.25 ± 0.87); undecided. The rows are in
+results/small_fig2.jsonl.
+
 Time: 14 trainings of 150 epochs for each seed, which wants many GPUs; what it takes on 20 classes of Tiny-ImageNet is
 in README.md, `--smoke` half a minute.
 """

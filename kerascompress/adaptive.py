@@ -37,8 +37,8 @@ class AdaptiveMagnitude(keras.callbacks.Callback):
     logs `magnitude`, with which the epoch was trained. A layer outside of the model, as in `tf.data`, is not saved with
     it.
 
-    The accuracy is the one that the model is compiled with, whatever its name. If there is none, one is added, for
-    integer or one-hot labels.
+    The accuracy is the one that the model is compiled with, whatever its name. If there is none, one is measured while
+    `fit` runs, for integer or one-hot labels.
 
     Args:
         augment: A layer with a scalar variable `magnitude` that is off below 0, such as `RandAugment`, in the model or,
@@ -103,13 +103,21 @@ class AdaptiveMagnitude(keras.callbacks.Callback):
         self.augment, self.signal, self.target = augment, signal, target
         self.step, self.frequency = step, frequency
 
+    _remove_metric: Callable[[], None] | None = None
+
     def set_model(self, model):
         super().set_model(model)
         if isinstance(self.signal, str) and not _accuracies(model):
-            graph.add_metric(model, _Accuracy())  # now, as the step is about to be compiled
+            self._remove_metric = graph.add_metric(model, _Accuracy())  # now, as the step is about to be compiled
 
     def on_train_begin(self, logs=None):
         check_in_model(self.augment, self.model)
+
+    def on_train_end(self, logs=None):
+        if self._remove_metric:
+            _ = self.model  # on JAX: brings the state back, which has that of the metric
+            self._remove_metric()
+            self._remove_metric = None
 
     def on_epoch_end(self, epoch, logs=None):
         _ = self.model  # on JAX: brings the state back before it is read and changed

@@ -14,7 +14,7 @@ import numpy as np
 
 from kerascompress.augment import check_driven, check_in_model
 from kerascompress.pruning import pruning_vars, sparsity
-from kerascompress.schedules import last_due
+from kerascompress.schedules import last_due, warn_if_not_begun
 from kerascompress.wrapper import PruneLowMagnitude, _numpy, update_masks, wrappers_in
 
 
@@ -52,6 +52,8 @@ class StepCallback(keras.callbacks.Callback):
         self._is_open = True
 
     def on_train_batch_end(self, batch=-1, logs=None):
+        if steps := (self.params or {}).get("steps"):
+            batch = min(batch, steps - 1)  # Keras counts the last execution of an epoch as a whole one
         done = max(batch + 1 - self._batches_of_epoch, 1)
         self._batches_of_epoch = batch + 1 if batch >= 0 else self._batches_of_epoch + 1
         self._is_open = False
@@ -67,8 +69,21 @@ class StepCallback(keras.callbacks.Callback):
         self._batches_of_epoch, self._is_open = 0, False
         optimizer = _optimizers(self.model)[-1]
         self._accumulation = getattr(optimizer, "gradient_accumulation_steps", None) or 1
+        self._begun = 0 if optimizer is None else int(_numpy(optimizer._iterations))
         # batches of an update that is not complete; `iterations` counts updates, this batches
-        self._batches = 0 if optimizer is None else int(_numpy(optimizer._iterations)) % self._accumulation
+        self._batches = self._begun % self._accumulation
+
+    def _recount(self) -> int:
+        """Takes back what was counted and not done, and returns how many updates.
+
+        The last execution of an epoch whose size Keras does not know may have been shorter; a loss scale leaves out
+        updates.
+        """
+        optimizer, before = _optimizers(self.model)[-1], self._batches // self._accumulation
+        done = 0 if optimizer is None else int(_numpy(optimizer._iterations)) - self._begun
+        if done > 0:  # if not, the optimizer that trains is not the model's own
+            self._batches = min(self._batches, self._begun % self._accumulation + done)
+        return before - self._batches // self._accumulation
 
 
 class UpdatePruningStep(StepCallback):
@@ -124,12 +139,17 @@ class UpdatePruningStep(StepCallback):
     def on_epoch_end(self, epoch=-1, logs=None, *, batch=-1):
         super().on_epoch_end(epoch, logs)
         _ = self.model  # on JAX: brings the state back before it is changed
+        ahead = self._recount()
+        self._then -= ahead
         for wrapper in self._driven():
+            wrapper.step -= ahead
             wrapper.settle()
         self._read = _clock(self.model)
 
     def on_train_end(self, logs=None):
         self.on_epoch_end()
+        for wrappers in self._groups.values():
+            warn_if_not_begun(wrappers[0].pruning_schedule, wrappers[0].step)
 
     def _driven(self):
         return [wrapper for wrappers in self._groups.values() for wrapper in wrappers if wrapper.built]

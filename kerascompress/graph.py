@@ -53,6 +53,11 @@ def walk(layer: keras.Layer) -> list[keras.Layer]:
     return list({id(each): each for each in layer._flatten_layers()}.values())
 
 
+def forget_losses(layer: keras.Layer) -> None:
+    """Takes back what a layer and those in it have added to the loss in their last call."""
+    layer._clear_losses()
+
+
 def metrics(model: keras.Model) -> list[Any]:
     """What a model measures: metrics, and those that it was compiled with as they were given, functions and names too.
 
@@ -63,17 +68,26 @@ def metrics(model: keras.Model) -> list[Any]:
     return [*(each for each in keras.tree.flatten(given) if each is not None), *model.metrics]
 
 
-def add_metric(model: keras.Model, metric: keras.Metric) -> None:
-    """Has a model measure one thing more, in training and in evaluation; its steps are compiled anew."""
+def add_metric(model: keras.Model, metric: keras.Metric) -> Callable[[], None]:
+    """Has a model measure one thing more, in training and in evaluation, until what is returned is called.
+
+    Its steps are compiled anew, before and after.
+    """
     compute = model.compute_metrics
 
     def compute_metrics(x, y, y_pred, sample_weight=None):
         metric.update_state(y, y_pred)
         return compute(x, y, y_pred, sample_weight)
 
+    def remove():
+        object.__delattr__(model, "compute_metrics")
+        model._metrics.remove(metric)
+        model.train_function = model.test_function = None
+
     object.__setattr__(model, "compute_metrics", compute_metrics)
     model._metrics.append(metric)
     model.train_function = model.test_function = None
+    return remove
 
 
 def is_graph(layer: Any) -> bool:
@@ -200,9 +214,10 @@ def copy(layer: Any, dtype: Any = None) -> Any:
     copy_part = functools.partial(copy, dtype=dtype)
     if _is_plain(layer):
         return rebuild(layer, copy_part, whole=True)
-    of_keras = type(layer).__module__.startswith("keras.src.") and not hasattr(layer, "adapt")
+    is_adapted = hasattr(layer, "adapt")  # such as `TextVectorization`, whose vocabulary no config has
+    of_keras = type(layer).__module__.startswith("keras.src.") and not is_adapted
     of_keras &= not isinstance(layer, keras.layers.Lambda)
-    if layer.built and not layer.variables and not children(layer) and not of_keras:
+    if layer.built and not layer.variables and not of_keras and (is_adapted or not children(layer)):
         return layer
     changes = {} if dtype is None else {"dtype": dtype}
     if not isinstance(layer, keras.Model):
@@ -399,7 +414,10 @@ def rebuild(
         inputs = keras.tree.map_structure(lambda x: copy_input(producer(x)).output, function.input)
         outputs = function._run_through_graph(inputs, call_fn=call_fn)
         kind = type(old) if _is_plain(old) and function is old else keras.Model
-        return kind(inputs, outputs, name=old.name)
+        new = kind(inputs, outputs, name=old.name)
+        if not old.trainable:
+            new.trainable = False  # its layers are: so that they thaw when it does
+        return new
 
     copy = assemble(model, call)
     if type(copy) is not type(model) and type(model) is not keras.Sequential:

@@ -6,6 +6,7 @@ compiled step or not; given NumPy arrays it computes on the host, where selectin
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,6 +50,15 @@ def finite_weights(kernel: keras.Variable) -> np.ndarray:
             "Lower the learning rate, or clip the gradients, and start from finite weights."
         )
     return weights
+
+
+def warn_of_collapse(sparsity: float, paths: list[str]) -> None:
+    warnings.warn(
+        f"Global pruning to a sparsity of {sparsity:.2f} leaves nothing of {paths}: their weights are smaller than "
+        "all others. Without one of its layers a network may compute a constant. Train the dense network before it "
+        "is pruned, prune less, or use scope='layer'.",
+        stacklevel=3,
+    )
 
 
 # --- rules ---

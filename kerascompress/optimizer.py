@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import math
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +14,7 @@ from keras import ops
 from keras.src.utils.tracking import no_automatic_dependency_tracking  # as Keras' own LossScaleOptimizer needs it
 
 from kerascompress import schedules
-from kerascompress.masks import KERNEL_NAMES, Rule, finite_weights, is_kernel
+from kerascompress.masks import KERNEL_NAMES, Rule, finite_weights, is_kernel, warn_of_collapse
 from kerascompress.schedules import Schedule, check_schedule, evaluate
 
 
@@ -34,6 +36,9 @@ class PruningOptimizer(keras.optimizers.Optimizer):
     permanent masks. On TensorFlow, a model that gets its weights in its first batch is pruned at step 0 after the
     gradient of that batch: call it once before.
 
+    Whoever writes other weights into the model writes over the zeros until the next update: so
+    `EarlyStopping(restore_best_weights=True)` may give back an epoch from before the pruning.
+
     Args:
         inner_optimizer: A `keras.optimizers.Optimizer`, or its name. Weight decay, clipping, moving averages, gradient
             accumulation and learning-rate schedules are settings of it; `learning_rate` is passed through.
@@ -43,7 +48,7 @@ class PruningOptimizer(keras.optimizers.Optimizer):
         scope, block_size, block_pooling_type, sparsity_m_by_n: See `PruneLowMagnitude`.
         allow: `allow(variable) -> bool` chooses the kernels among the trainable variables. By default those that Keras
             names so (`kernel`, `embeddings`, `depthwise_kernel`, `pointwise_kernel`, `recurrent_kernel`), of rank 2 and
-            more.
+            more; a warning names others, where they are more than a twentieth of all weights.
         name: Of the optimizer.
 
     Attributes:
@@ -94,6 +99,7 @@ class PruningOptimizer(keras.optimizers.Optimizer):
         self.pruning_schedule = pruning_schedule
         self.rule = Rule(scope, block_size, block_pooling_type, sparsity_m_by_n)
         self.allow = allow
+        self.use_ema = inner_optimizer.use_ema  # where `keras.callbacks.SwapEMAWeights` looks for it
         self._kernels: list[keras.Variable] = []
         self._is_late = False
         self._masks: list[keras.Variable] = []
@@ -114,22 +120,31 @@ class PruningOptimizer(keras.optimizers.Optimizer):
             )
         for kernel in kernels:
             self.rule.check(kernel, "Leave it out: `allow=lambda variable: ...`.")
+        if self.allow is None:
+            _warn_of_dense_weights(variables, kernels)
         self.inner_optimizer.build(variables)
+        self.use_ema = False  # the averages are the inner optimizer's
         super().build(variables)
+        self.use_ema = self.inner_optimizer.use_ema
+        self._model_variables_moving_average = getattr(self.inner_optimizer, "_model_variables_moving_average", [])
         self._kernels = kernels
         with _outside_of_graphs():
             self._is_late = not _have_values(kernels)
             if self._is_late:
                 masks, thresholds = [np.ones(kernel.shape, bool) for kernel in kernels], [0.0] * len(kernels)
             else:
-                masks, thresholds = self._initial_masks([finite_weights(kernel) for kernel in kernels])
+                weights = [finite_weights(kernel) for kernel in kernels]
+                masks, thresholds = self._initial_masks(weights)
+                self._warn_of_collapse(
+                    [not mask.any() and each.any() for mask, each in zip(masks, weights, strict=True)]
+                )
             for kernel, mask, threshold in zip(kernels, masks, thresholds, strict=True):
                 # without a slash, by which saving would take it for a path
                 name = kernel.path.replace("/", "_")
                 self._masks.append(self._add(f"{name}_mask", mask, "bool"))
                 self._thresholds.append(self._add(f"{name}_threshold", threshold, "float32"))
             if not self._is_late:
-                self._project()
+                self._project(with_averages=False)  # they begin with the first update
 
     def _add(self, name, value, dtype):
         value = np.asarray(value)
@@ -153,6 +168,17 @@ class PruningOptimizer(keras.optimizers.Optimizer):
             return self.rule(kernels, sparsity)
         return [abs(kernel) >= 0 for kernel in kernels], [np.float32(0)] * len(kernels)
 
+    def _warn_of_collapse(self, gone):
+        paths = [kernel.path for kernel, is_gone in zip(self._kernels, gone, strict=True) if is_gone]
+        if paths and self.pruning_schedule is not None:
+            warn_of_collapse(evaluate(self.pruning_schedule, int(ops.convert_to_numpy(self.iterations)))[1], paths)
+
+    def load_own_variables(self, store):
+        # A model that was saved before it was trained has no masks to load, and Keras builds them from the weights with
+        # which it makes the model, before it loads those.
+        self._is_late |= len(store.keys()) != len(self.variables)
+        super().load_own_variables(store)
+
     @property
     def pruning_vars(self) -> list[tuple[keras.Variable, keras.Variable, keras.Variable]]:
         return list(zip(self._kernels, self._masks, self._thresholds, strict=True))
@@ -173,6 +199,9 @@ class PruningOptimizer(keras.optimizers.Optimizer):
     def iterations(self):
         """Updates done: the step of the schedule."""
         return self.inner_optimizer.iterations
+
+    def exclude_from_weight_decay(self, var_list=None, var_names=None):
+        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
 
     def scale_loss(self, loss):
         return self.inner_optimizer.scale_loss(loss)
@@ -209,14 +238,20 @@ class PruningOptimizer(keras.optimizers.Optimizer):
             for variable, value in zip(variables, values, strict=True):
                 variable.assign(value)
 
-    def _project(self):
+    def _project(self, *, with_averages=True):
+        has_averages = with_averages and self.use_ema
         for kernel, mask in zip(self._kernels, self._masks, strict=True):
-            kernel.assign(kernel.value * ops.cast(mask.value, kernel.dtype))  # times, so that NaN stays NaN
+            keep = ops.cast(mask.value, kernel.dtype)
+            kernel.assign(kernel.value * keep)  # times, so that NaN stays NaN
+            if has_averages:
+                average = self._model_variables_moving_average[self._get_variable_index(kernel)]
+                average.assign(average.value * keep)
 
     def finalize_variable_values(self, var_list):
         self.inner_optimizer.finalize_variable_values(var_list)
-        if self.built and self.inner_optimizer.use_ema:  # moving averages are dense
-            self._project()
+        if self.built and sys.exc_info()[0] is None:  # after an error, JAX leaves variables without values
+            self._warn_of_collapse([not ops.convert_to_numpy(mask).any() for mask in self._masks])
+            schedules.warn_if_not_begun(self.pruning_schedule, int(ops.convert_to_numpy(self.iterations)))
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -245,6 +280,18 @@ def _warn_of_zeros(kernels, due: bool, sparsity: float) -> None:
             f"{share:.1%} of the weights to prune are zero already, and this schedule lets them come back: it "
             f"{f'begins at a sparsity of {sparsity:g}' if due else 'is not due at step 0'}. To keep them, begin at "
             "their sparsity, at step 0, or pass no schedule.",
+            stacklevel=2,
+        )
+
+
+def _warn_of_dense_weights(variables, kernels) -> None:
+    known = {id(kernel) for kernel in kernels}
+    dense = [each for each in variables if len(each.shape) > 1 and id(each) not in known and each.name != "bias"]
+    share = sum(math.prod(each.shape) for each in dense) / sum(math.prod(each.shape) for each in variables)
+    if share > 0.05:
+        warnings.warn(
+            f"{share:.1%} of the weights stay dense, as they are not named as kernels are: "
+            f"{[(each.path, tuple(each.shape)) for each in dense]}. Choose yourself: `allow=lambda variable: ...`.",
             stacklevel=2,
         )
 

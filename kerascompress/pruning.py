@@ -14,15 +14,15 @@ import numpy as np
 from keras import ops
 
 from kerascompress import graph, schedules
-from kerascompress.masks import PRUNABLE_KERNELS, Rule, finite_weights, is_kernel
+from kerascompress.masks import PRUNABLE_KERNELS, Rule, finite_weights, is_kernel, warn_of_collapse
 from kerascompress.schedules import Schedule
 from kerascompress.wrapper import (
     PruneLowMagnitude,
     _numpy,
+    check_plain,
     is_prunable,
     kernel_names,
     prunable_weights,
-    warn_of_collapse,
     wrappers_in,
 )
 
@@ -117,8 +117,8 @@ def prune_now(model: keras.Model, sparsity: float, *, scope: str = "layer") -> k
         A new, uncompiled model of the same class.
 
     Raises:
-        ValueError: If an argument is out of range, there is no prunable kernel, the model is pruned by wrappers, or a
-            kernel holds NaN or infinite weights.
+        ValueError: If an argument is out of range, there is no prunable kernel, the model is pruned by wrappers,
+            quantized or has LoRA, or a kernel holds NaN or infinite weights.
 
     Example:
         >>> import keras, kerascompress as kc
@@ -143,6 +143,8 @@ def prune_now(model: keras.Model, sparsity: float, *, scope: str = "layer") -> k
         raise ValueError(
             f"Model {model.name!r} is pruned by wrappers, which have masks of their own. Use `strip_pruning` first."
         )
+    for layer in graph.walk(model):
+        check_plain(layer)
     small = graph.copy(model)
     kernels = kernels_of(small)
     if not kernels:
@@ -200,7 +202,7 @@ def sparsity(model: keras.Layer) -> float:
         Zeros / weights, in [0, 1] (1 − Card/Num of Equation 5, over the kernels).
 
     Raises:
-        ValueError: If there is no prunable kernel.
+        ValueError: If there is no prunable kernel, or one has LoRA or is packed, as int4 is.
 
     Example:
         >>> import keras, kerascompress as kc
@@ -208,6 +210,8 @@ def sparsity(model: keras.Layer) -> float:
         >>> kc.sparsity(model)
         1.0
     """
+    for layer in graph.walk(model):
+        check_plain(layer, modes=(None, "int8", "float8"))
     kernels = effective_kernels(model)
     if not kernels:
         raise _no_kernels(model)
@@ -270,9 +274,8 @@ def pruning_vars(model: keras.Layer) -> list[tuple[keras.Variable, keras.Variabl
 
 def effective_kernels(model: keras.Layer) -> list[np.ndarray]:
     """`kernels_of` a model, as the forward pass sees them: zero where a mask is."""
-    pruned = pruning_vars(model)
-    masks = {id(kernel): mask for kernel, mask, _ in pruned}
-    chosen = [kernel for kernel, _, _ in pruned]  # by `allow` of an optimizer, too
+    masks = {id(kernel): mask for wrapper in wrappers_in(model) for kernel, mask, _ in wrapper.pruning_vars}
+    chosen = [kernel for kernel, _, _ in pruning_vars(model)]  # by `allow` of an optimizer, too
     kernels = {id(kernel): kernel for kernel in [*kernels_of(model), *chosen]}
     return [_numpy(kernel) * (_numpy(masks[key]) if key in masks else 1) for key, kernel in kernels.items()]
 

@@ -42,6 +42,12 @@ def __getattr__(name: str) -> Any:
     return globals()[name]
 
 
+def _formula(schedule: Schedule) -> Callable[[Any, Any], tuple[Any, Any]] | None:
+    """How tfmot's own two schedules are computed here; `None` for any other."""
+    own = getattr(sys.modules.get(_TFMOT_MODULE), type(schedule).__name__, None)
+    return _FORMULAS.get(type(schedule).__name__) if type(schedule) is own else None
+
+
 def evaluate(schedule: Schedule, step: Any) -> tuple[Any, Any]:
     """`(due, sparsity)` of a schedule: whether masks are recomputed at `step`, and to which sparsity.
 
@@ -57,8 +63,7 @@ def evaluate(schedule: Schedule, step: Any) -> tuple[Any, Any]:
         ValueError: If a sparsity that is a plain number is not in [0, 1).
     """
     traced = not isinstance(step, int)
-    own = getattr(sys.modules.get(_TFMOT_MODULE), type(schedule).__name__, None)
-    formula = _FORMULAS.get(type(schedule).__name__) if type(schedule) is own else None
+    formula = _formula(schedule)
     try:
         should_prune, sparsity = formula(schedule, step) if formula else schedule(step)
         if traced:
@@ -86,11 +91,25 @@ def evaluate(schedule: Schedule, step: Any) -> tuple[Any, Any]:
 
 def last_due(schedule: Schedule, after: int, until: int) -> tuple[int, float] | None:
     """The last step in (after, until] at which a schedule is due, with its sparsity."""
+    end_step = getattr(schedule, "end_step", -1)
+    if _formula(schedule) and end_step >= 0:
+        until = min(until, end_step)  # later, tfmot's are never due
     for step in range(until, after, -1):
         due, sparsity = evaluate(schedule, step)
         if due:
             return step, sparsity
     return None
+
+
+def warn_if_not_begun(schedule: Any, steps: int) -> None:
+    """Warns where training has ended after so many updates, before the schedule has pruned anything."""
+    begin_step = getattr(schedule, "begin_step", 0)
+    if steps < begin_step:
+        warnings.warn(
+            f"Nothing is pruned yet: training ended after {steps} updates, and the schedule begins at {begin_step}. A "
+            "step is an update of the weights, that is a batch, not an epoch.",
+            stacklevel=3,
+        )
 
 
 class SparsityLinkedMagnitude:

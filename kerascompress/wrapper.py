@@ -5,7 +5,6 @@
 
 import dataclasses
 import inspect
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 from keras import layers, ops
 
 from kerascompress import graph, schedules
-from kerascompress.masks import PRUNABLE_KERNELS, Rule, finite_weights
+from kerascompress.masks import PRUNABLE_KERNELS, Rule, finite_weights, warn_of_collapse
 from kerascompress.schedules import Schedule, check_schedule
 
 
@@ -22,10 +21,25 @@ def prunable_weights(layer: keras.Layer) -> list[keras.Variable]:
     """The kernels that a wrapper may prune in a built layer, by `get_prunable_weights()` or `PRUNABLE_KERNELS`."""
     if hasattr(layer, "get_prunable_weights"):
         return list(layer.get_prunable_weights())
+    check_plain(layer)
     weights = [getattr(layer, name) for name in kernel_names(layer)]
     for child in graph.children(layer):
         weights += [weight for weight in prunable_weights(child) if all(weight is not known for known in weights)]
     return weights
+
+
+def check_plain(layer: keras.Layer, *, modes: tuple[str | None, ...] = (None,)) -> None:
+    """Raises a ValueError where a kernel is made of several variables, or is stored as other numbers than it means."""
+    if getattr(layer, "lora_enabled", False):
+        raise ValueError(
+            f"A kernel with LoRA is a sum of which only one part could be pruned. Received: layer {layer.name!r} with "
+            "`enable_lora`. Prune the model before: LoRA leaves the pruned kernel as it is, and adds to it."
+        )
+    if getattr(layer, "quantization_mode", None) not in modes:
+        raise ValueError(
+            "The stored numbers of a quantized kernel are not its weights. Received: layer "
+            f"{layer.name!r}, quantized to {layer.quantization_mode}. Prune first, then quantize: zeros stay zero."
+        )
 
 
 @keras.saving.register_keras_serializable("kerascompress")
@@ -108,6 +122,7 @@ class PruneLowMagnitude(layers.Wrapper):
         self.rule = Rule(scope, block_size, block_pooling_type, sparsity_m_by_n)
         kwargs.setdefault("name", f"prune_low_magnitude_{layer.name}")
         kwargs.setdefault("dtype", layer.dtype_policy)
+        kwargs.setdefault("trainable", layer.trainable)
         super().__init__(layer, **kwargs)
         self.pruning_schedule = pruning_schedule
         self.supports_masking = layer.supports_masking
@@ -180,7 +195,9 @@ class PruneLowMagnitude(layers.Wrapper):
         for variable in self.layer.non_trainable_variables:
             if scope.get_current_value(variable) is not values[id(variable)]:
                 variable.assign(scope.get_current_value(variable))
-        for loss in scope.losses:
+        losses = list(scope.losses)
+        graph.forget_losses(self.layer)  # or on JAX, Keras would find each in both layers
+        for loss in losses:
             self.add_loss(loss)
         return outputs
 
@@ -269,15 +286,6 @@ def update_masks(wrappers: list[PruneLowMagnitude], sparsity: float) -> None:
         threshold.assign(new_threshold)
     if gone:
         warn_of_collapse(sparsity, gone)
-
-
-def warn_of_collapse(sparsity: float, paths: list[str]) -> None:
-    warnings.warn(
-        f"Global pruning to a sparsity of {sparsity:.2f} leaves nothing of {paths}: their weights are smaller than "
-        "all others. Without one of its layers a network may compute a constant. Train the dense network before it "
-        "is pruned, prune less, or use scope='layer'.",
-        stacklevel=3,
-    )
 
 
 def _numpy(variable) -> np.ndarray:

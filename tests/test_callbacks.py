@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers
 
 import kerascompress as kc
@@ -245,3 +246,18 @@ def test_weights_that_have_diverged_are_named_when_masks_are_due():
     model.compile(keras.optimizers.SGD(1e38), LOSS)
     with pytest.raises(ValueError, match="head/kernel' holds NaN or infinite weights: training has diverged"):
         model.fit(*data(), batch_size=8, verbose=0, callbacks=[kc.UpdatePruningStep()])
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+@pytest.mark.parametrize("size", ["known", "unknown"])
+def test_an_execution_that_an_epoch_cuts_short_counts_the_steps_that_it_has(size):
+    pruned = kc.prune_low_magnitude(net(), kc.ConstantSparsity(0.5, 0, frequency=5))
+    pruned.compile("sgd", LOSS, steps_per_execution=1 if keras.backend.backend() == "torch" else 4)
+    batches, steps = tf.data.Dataset.from_tensor_slices(data(24)).batch(4), Steps()
+    if size == "unknown":
+        batches = batches.filter(lambda *_: True)
+    pruned.fit(batches, epochs=3, verbose=0, shuffle=False, callbacks=[kc.UpdatePruningStep(), steps])
+    (wrapper,) = (layer for layer in pruned.layers if isinstance(layer, kc.PruneLowMagnitude))
+    assert wrapper.stored_step() == int(keras.ops.convert_to_numpy(pruned.optimizer.iterations)) == 18
+    if size == "known" and keras.backend.backend() != "torch":
+        assert steps.seen == [0, 4, 6, 10, 12, 16, 18]

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers, ops
 
 import kerascompress as kc
@@ -299,3 +300,13 @@ def test_a_policy_of_tfmots_gets_an_error_that_says_what_a_policy_needs():
     for policy in (pruning_policy.PruneForLatencyOnXNNPack(), object()):
         with pytest.raises(ValueError, match=r"`allow_pruning\(layer\) -> bool`.*ensure_model_supports_pruning"):
             kc.prune_low_magnitude(model, pruning_policy=policy)
+
+
+@pytest.mark.tensorflow_only  # strings
+def test_a_copy_keeps_an_adapted_vocabulary():
+    words = layers.TextVectorization(20, output_sequence_length=5)
+    words.adapt(["a b c d"])
+    inputs = keras.Input((), dtype="string")
+    model = keras.Model(inputs, layers.Dense(2)(layers.Flatten()(layers.Embedding(20, 8)(words(inputs)))))
+    text = tf.constant(["a b", "d"])
+    np.testing.assert_array_equal(graph.copy(model)(text), model(text))

@@ -377,3 +377,81 @@ def no_kernel():
 def test_bad_input_gets_an_error_that_says_what_to_do(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def trained_later(tmp_path, schedule):
+    """A model that was compiled and saved before it was trained, loaded."""
+    large = keras.Sequential([keras.Input((8,)), layers.Dense(16, activation="relu"), layers.Dense(4)])
+    small = large if schedule else kc.prune_now(large, 0.75)
+    small.compile(kc.PruningOptimizer(keras.optimizers.SGD(0.01 if schedule is None else 0.0), schedule), LOSS)
+    small.save(tmp_path / "net.keras")
+    loaded = keras.saving.load_model(tmp_path / "net.keras")
+    loaded.fit(*points(), batch_size=8, verbose=0)
+    return [ops.convert_to_numpy(each.kernel) for model in (small, loaded) for each in model.layers]
+
+
+def points():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(16, 8)).astype("float32"), rng.integers(0, 4, 16)
+
+
+@pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer")
+@pytest.mark.parametrize("schedule", [None, kc.ConstantSparsity(0.75, 0, 0)])
+def test_a_model_that_was_saved_before_its_first_step_is_pruned_by_the_weights_that_it_was_saved_with(
+    tmp_path, schedule
+):
+    *saved, first, second = trained_later(tmp_path, schedule)
+    for before, after in zip(saved, (first, second), strict=True):
+        largest = np.abs(before) >= np.sort(np.abs(before), axis=None)[-before.size // 4]
+        np.testing.assert_array_equal(after != 0, largest)
+
+
+def test_sparsity_is_that_of_the_weights_not_of_the_masks_that_somebody_has_written_over():
+    model = prune(net(), schedule=kc.ConstantSparsity(0.75, 0, 0))
+    dense = model.get_weights()
+    fit(model)
+    assert kc.sparsity(model) == pytest.approx(0.75, abs=0.01)
+    model.set_weights(dense)  # as EarlyStopping(restore_best_weights=True) does
+    assert kc.sparsity(model) == 0
+
+
+def test_what_the_inner_optimizer_shall_not_decay_stays():
+    optimizer = kc.PruningOptimizer(keras.optimizers.AdamW(1e-4, weight_decay=100.0), kc.ConstantSparsity(0.5, 0, 0))
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    kernel, bias = keras.Variable(np.ones((2, 2)), name="kernel"), keras.Variable(np.ones(2), name="bias")
+    optimizer.apply([ops.zeros((2, 2)), ops.zeros(2)], [kernel, bias])
+    np.testing.assert_array_equal(ops.convert_to_numpy(bias), 1)
+
+
+def test_moving_averages_that_are_swapped_in_are_as_sparse_as_the_weights():
+    class Look(keras.callbacks.Callback):
+        def on_test_end(self, logs=None):
+            zeros.append(kc.sparsity(self.model))
+
+    zeros, model = [], net()
+    prune(model, keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5), kc.ConstantSparsity(0.75, 2, 4))
+    callbacks = [Look(), keras.callbacks.SwapEMAWeights()]
+    model.fit(*data(), batch_size=8, verbose=0, epochs=2, validation_data=data(8), callbacks=callbacks)
+    assert zeros == pytest.approx([0.75, 0.75], abs=0.01)
+
+
+def test_a_layer_that_is_emptied_is_named_at_step_0_and_when_training_ends():
+    model = net()
+    head = model.get_layer("head").kernel
+    head.assign(head.value * 1e-4)
+    optimizer = kc.PruningOptimizer(keras.optimizers.SGD(0.0), kc.ConstantSparsity(0.9, 0, 0), scope="global")
+    with pytest.warns(UserWarning, match="leaves nothing of .*head"):
+        optimizer.build(model.trainable_variables)
+    later = prune(net(), keras.optimizers.SGD(0.0), kc.ConstantSparsity(0.9, 2, 2), scope="global")
+    later.get_layer("head").kernel.assign(head.value)
+    with pytest.warns(UserWarning, match="leaves nothing of .*head"):
+        fit(later)
+
+
+def test_large_weights_that_are_not_named_as_kernels_are_a_warning():
+    rows, token = keras.Variable(np.ones((8, 8)), name="w"), keras.Variable(np.ones((1, 2)), name="token")
+    kernel = keras.Variable(np.ones((8, 8)), name="kernel")
+    with pytest.warns(UserWarning, match=r"50.8% of the weights stay dense.*w.*allow="):
+        kc.PruningOptimizer("sgd").build([kernel, rows, token])
+    kc.PruningOptimizer("sgd").build([kernel, token])  # a few are not worth a warning
+    kc.PruningOptimizer("sgd", allow=lambda variable: variable is rows).build([kernel, rows])  # chosen

@@ -831,3 +831,60 @@ def test_a_schedule_that_returns_percent_is_refused_when_it_is_due():
     pruned = compile_(kc.prune_low_magnitude(small_net(), lambda step: (True, 60)))
     with pytest.raises(ValueError, match="divide them by 100"):
         fit(pruned)
+
+
+@pytest.mark.parametrize("make", [kc.prune_low_magnitude, lambda model: kc.prune_now(model, 0.5), kc.strip_pruning])
+def test_a_frozen_backbone_stays_frozen_in_a_copy_and_thaws_there(make):
+    backbone = keras.Sequential([keras.Input((4,)), layers.Dense(3)], name="sequential")
+    inputs = keras.Input((4,))
+    functional = keras.Model(inputs, layers.Dense(3)(inputs), name="functional")
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, layers.Dense(2)(layers.add([backbone(inputs), functional(inputs)])))
+    backbone.trainable = functional.trainable = False
+    copy = make(model)
+    assert len(copy.trainable_weights) == len(model.trainable_weights) == 2
+    for name in ("sequential", "functional"):
+        assert not copy.get_layer(name).trainable
+        copy.get_layer(name).trainable = True
+    assert len(copy.trainable_weights) == 6
+
+
+@pytest.mark.filterwarnings("ignore:Layer InputLayer does not have a `quantize` method")
+def test_kernels_that_are_no_weights_of_their_own_are_refused():
+    with_lora = keras.Sequential([keras.Input((8,)), layers.Dense(16)])
+    with_lora.layers[0].enable_lora(2)
+    for act in (lambda model: kc.prune_now(model, 0.5), kc.prune_low_magnitude, kc.sparsity):
+        with pytest.raises(ValueError, match=r"LoRA.*Prune the model before"):
+            act(with_lora)
+    packed = kc.prune_now(keras.Sequential([keras.Input((8,)), layers.Dense(16)]), 0.5)
+    packed.quantize("int4")
+    for act in (lambda model: kc.prune_now(model, 0.5), kc.sparsity):
+        with pytest.raises(ValueError, match=r"quantized to int4\. Prune first"):
+            act(packed)
+    stored = kc.prune_now(keras.Sequential([keras.Input((8,)), layers.Dense(16)]), 0.5)
+    stored.quantize("int8")
+    assert kc.sparsity(stored) == 0.5
+
+
+def test_a_wrapped_layer_adds_its_losses_once():
+    images, targets = np.ones((4, 8), "float32"), np.zeros((4, 4), "float32")
+    dense = keras.Sequential([keras.Input((8,)), layers.Dense(4, activity_regularizer="l2", kernel_regularizer="l2")])
+    pruned = kc.prune_low_magnitude(dense, kc.ConstantSparsity(0.0, 0))
+    losses = []
+    for model, drivers in ((dense, []), (pruned, [kc.UpdatePruningStep()])):
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+        losses.append(model.fit(images, targets, verbose=0, epochs=2, callbacks=drivers).history["loss"])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("carrier", ["wrapper", "optimizer"])
+def test_a_training_that_ends_before_its_schedule_begins_is_a_warning(carrier):
+    schedule, optimizer, drivers = kc.ConstantSparsity(0.5, 1000), "sgd", []
+    model = keras.Sequential([keras.Input((8,)), layers.Dense(4)])
+    if carrier == "wrapper":
+        model, drivers = kc.prune_low_magnitude(model, schedule), [kc.UpdatePruningStep()]
+    else:
+        optimizer = kc.PruningOptimizer("sgd", schedule)
+    model.compile(optimizer, "mse")
+    with pytest.warns(UserWarning, match="ended after 1 updates, and the schedule begins at 1000.*not an epoch"):
+        model.fit(np.ones((4, 8)), np.ones((4, 4)), verbose=0, callbacks=drivers)

@@ -10,7 +10,7 @@ import pytest
 
 import kerascompress as kc
 from kerascompress.callbacks import StepCallback
-from kerascompress.schedules import evaluate
+from kerascompress.schedules import evaluate, last_due
 
 
 def run_python(code: str) -> dict:
@@ -138,3 +138,9 @@ def test_on_step_is_told_the_optimizers_updates(compile_kwargs, accumulation, ex
     model.fit(inputs, targets, batch_size=4, verbose=0, callbacks=[steps])
     assert steps.seen[0] == expected[-1]
     assert steps.seen[-1] == int(model.optimizer.iterations)
+
+
+def test_a_late_resume_looks_no_further_back_than_the_last_step_of_the_schedule():
+    schedule = kc.PolynomialDecay(0.0, 0.6, begin_step=0, end_step=20_000, frequency=100)
+    assert last_due(schedule, -1, 10**15) == (20_000, pytest.approx(0.6))  # step by step it would take days
+    assert kc.SparsityLinkedMagnitude(schedule, {0.0: 14, 0.6: 4})(10**15) == 4
