@@ -251,6 +251,8 @@ class RandAugment(_Augmentation):
         )
 
     def call(self, images, magnitude=None, training=None):
+        if isinstance(magnitude, int | float) and not magnitude <= 30:
+            raise ValueError(f"`magnitude` must be at most 30, the paper's scale. Received: magnitude={magnitude}.")
         return self._augment(images, training, lambda batch, good: self._augment_batch(batch, good, magnitude))
 
     def _augment_batch(self, images, good, magnitude):

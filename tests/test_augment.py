@@ -515,6 +515,7 @@ def test_an_exported_saved_model_has_no_augmentation_in_it(tmp_path):
         (lambda: RandAugment(magnitude=-1), r"Received: magnitude=-1"),
         (lambda: RandAugment(magnitude=(9, 3)), r"`\(low, high\)`.*Received: magnitude=\(9, 3\)"),
         (lambda: RandAugment(magnitude=float("nan")), r"Received: magnitude=nan"),
+        (lambda: RandAugment()(np.zeros((1, 8, 8, 3), "uint8"), magnitude=99), r"at most 30.*Received: magnitude=99"),
         (lambda: RandAugment(num_ops=0), r"`num_ops` must be a whole number of at least 1. Received: num_ops=0"),
         (lambda: RandAugment(ops=["Invert"]), r"Allowed names: Identity, ShearX.*Received: ops=\['Invert'\]"),
         (lambda: RandAugment(ops="Rotate"), r"must be a list.*Received: ops='Rotate'"),
