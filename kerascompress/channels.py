@@ -138,9 +138,10 @@ def _asked(model, followed: Followed, roots, importance, images):
         answers.append((layer, score))
 
     def call(operation, values, node):
-        if graph.is_graph(operation):
-            return graph.compute(operation, values, call)
         args, kwargs = graph.arguments(node, values)
+        if graph.is_graph(operation):
+            given = args[0] if args else kwargs["inputs"]
+            return graph.compute(operation, graph.standardized(operation, given), call)
         outputs = keras.tree.flatten(operation(*args, **kwargs))
         if id(operation) in makers:
             ask(operation, ops.convert_to_numpy(outputs[0]))
@@ -150,7 +151,9 @@ def _asked(model, followed: Followed, roots, importance, images):
         for layer in makers.values():
             ask(layer, None)
     else:
-        graph.compute(model, [ops.convert_to_tensor(each) for each in keras.tree.flatten(images)], call)
+        in_lists = np.ndim(keras.tree.flatten(images)[0]) == 0  # numbers
+        tensors = keras.tree.map_structure(ops.convert_to_tensor, np.asarray(images) if in_lists else images)
+        graph.compute(model, graph.standardized(model, tensors), call)
     return answers
 
 

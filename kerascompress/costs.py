@@ -108,7 +108,7 @@ def _macs(model: keras.Model) -> dict[int, int]:
 
     def call(operation, values, node):
         if graph.is_graph(operation):
-            return graph.compute(operation, values, call)
+            return graph.compute(operation, graph.entering(operation, values, node), call)
         positions = _positions(operation, node)
         if positions is not None:
             for kernel in prunable_weights(operation):

@@ -165,7 +165,7 @@ class Followed:
 
     def _call(self, operation, tensors, node):
         if graph.is_graph(operation):
-            return self._enter(operation, tensors)
+            return self._enter(operation, graph.entering(operation, tensors, node))
         outputs = self._outputs(operation, tensors, node)
         if outputs is None:
             self._lost += [(operation.name, tensor.labels) for tensor in tensors]

@@ -115,7 +115,7 @@ def calls(model: keras.Model) -> Iterator[Any]:
 
     A node is one call: `operation`, `arguments`, symbolic `input_tensors` and `outputs`.
     """
-    function = model._functional if isinstance(model, keras.Sequential) else model
+    function = _function(model)
     for depth in sorted(function._nodes_by_depth, reverse=True):
         yield from (node for node in function._nodes_by_depth[depth] if not node.is_input)
 
@@ -141,6 +141,24 @@ def compute(model: keras.Model, inputs: list, call: Callable[[Any, list, Any], A
 def arguments(node: Any, values: list) -> tuple[tuple, dict]:
     """What an operation was called with, values in place of the tensors."""
     return node.arguments.fill_in(dict(zip(map(id, node.input_tensors), values, strict=True)))
+
+
+def entering(model: keras.Model, values: list, node: Any) -> list:
+    """The values that a model in a model is called with, one for each of its inputs: of a dictionary by name, as Keras."""
+    given = node.arguments.args[0] if node.arguments.args else node.arguments.kwargs["inputs"]
+    if not isinstance(given, dict) or isinstance(_function(model).input, dict):
+        return values
+    known = dict(zip(map(id, node.input_tensors), values, strict=True))
+    return [known[id(given[tensor.name])] for tensor in model.inputs]
+
+
+def standardized(model: keras.Model, inputs: Any) -> list:
+    """What a Functional or Sequential model makes of the tensors it is called with: one for each of `model.inputs`."""
+    return _function(model)._standardize_inputs(inputs)
+
+
+def _function(model: Any) -> Any:
+    return model._functional if isinstance(model, keras.Sequential) else model
 
 
 def producer(tensor: keras.KerasTensor) -> Any:
@@ -404,7 +422,7 @@ def rebuild(
             if old.built and not new.built:
                 new.build(old.input_shape)
             return new
-        function = old._functional if isinstance(old, keras.Sequential) else old
+        function = _function(old)
 
         def call_fn(operation, *args, **kwargs):
             new = remake(operation)

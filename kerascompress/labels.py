@@ -150,7 +150,13 @@ def move(operation: Any, tensor: Tensor, node: Any) -> Move | None:
     sizes = _sizes(tensor)
     positions = np.arange(math.prod(sizes), dtype="int32").reshape(1, *sizes)
     args, kwargs = graph.arguments(node, [ops.convert_to_tensor(positions)])
-    moved = [ops.convert_to_numpy(each)[0] for each in keras.tree.flatten(operation(*args, **kwargs))]
+    try:
+        made = [ops.convert_to_numpy(each) for each in keras.tree.flatten(operation(*args, **kwargs))]
+    except Exception:  # whatever a backend may raise where a batch of one cannot be split
+        return None
+    if any(each.shape[:1] != (1,) for each in made):  # channels would become images
+        return None
+    moved = [each[0] for each in made]
     source, index = tensor.origin or (tensor, positions)
     labels = np.broadcast_to(tensor.labels, sizes).ravel()
     outputs: list[Tensor] = []

@@ -88,7 +88,7 @@ def find_cluster(model: keras.Model) -> Cluster:
     def call(operation, values, node):
         nonlocal begun
         if graph.is_graph(operation):
-            return graph.compute(operation, values, call)
+            return graph.compute(operation, graph.entering(operation, values, node), call)
         layer = operation.layer if isinstance(operation, PruneLowMagnitude) else operation
         inside = [place == INSIDE for place, _ in values]
         if any(inside):

@@ -323,6 +323,35 @@ def test_a_function_sees_the_outputs_for_the_images():
     np.testing.assert_array_equal(small.layers[0].bias, [1, 3])  # mean outputs are 0, 6, 6, 7
 
 
+def two_inputs():
+    inputs = [keras.Input((size,), name=name) for name, size in (("second", 3), ("first", 2))]
+    x = [layers.Dense(4, name=f"of_{each.name}")(each) for each in inputs]
+    return keras.Model(inputs, layers.Dense(2)(layers.Concatenate()(x)))
+
+
+def grey(nested=False):
+    model = keras.Sequential([keras.Input((4, 4, 1)), layers.Conv2D(4, 3), layers.Flatten(), layers.Dense(2)])
+    return keras.Sequential([keras.Input((4, 4, 1)), layers.Identity(), model]) if nested else model
+
+
+@pytest.mark.parametrize(
+    ("build", "given"),
+    [
+        (grey, np.ones((2, 4, 4, 1), "uint8")),
+        (grey, np.ones((2, 4, 4))),
+        (grey, np.ones((2, 4, 4, 1)).tolist()),
+        (lambda: grey(nested=True), np.ones((2, 4, 4), "uint8")),
+        (two_inputs, {"first": np.ones((2, 2)), "second": np.ones((2, 3))}),
+        (two_inputs, [np.ones((2, 3)), np.ones((2, 2))]),
+    ],
+)
+def test_a_function_sees_outputs_for_whatever_the_model_takes(build, given):
+    shapes = []
+    importance = lambda layer, outputs: shapes.append(outputs.shape) or np.arange(4)  # noqa: E731
+    prune_channels(build(), 0.5, importance=importance, images=given)
+    assert shapes == ([(2, 4), (2, 4)] if build is two_inputs else [(2, 2, 2, 4)])
+
+
 def test_the_scale_of_batch_normalisation_is_an_importance():
     inputs = keras.Input((4, 4, 1))
     x = layers.Conv2D(4, 1, name="conv")(inputs)
@@ -395,6 +424,37 @@ def test_an_operation_that_moves_channels_of_two_tensors_leaves_both_whole():
         small = prune_channels(model, 0.5)
     assert [*widths(small).values()] == [4, 8, 3]
     outputs(small, images(small))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("first", "second"), [((-1, 2, 8), (-1, 4, 8)), ((-1, 4, 4), (-1, 4, 16))])
+def test_an_operation_that_makes_images_of_positions_or_channels_leaves_them_whole(first, second):
+    inputs = keras.Input((4, 8))
+    x = ops.reshape(layers.Dense(8, name="whole")(inputs), first)
+    x = ops.reshape(layers.Dense(8, name="after")(x), second)
+    model = keras.Model(inputs, layers.Dense(3, name="logits")(layers.Dense(6, name="halved")(x)))
+    with pytest.warns(UserWarning, match="cannot be followed through 'reshape"):
+        small = prune_channels(model, 0.5)
+    assert widths(small) == {"whole": 8, "after": 8, "halved": 3}
+    assert small(np.ones((2, 4, 8))).shape == (2, 4, 3)
+
+
+def called_by_name():
+    inputs = [keras.Input((4,), name=name) for name in ("b", "a")]
+    inner = keras.Model(inputs, layers.Concatenate()([layers.Dense(5, name=f"of_{x.name}")(x) for x in inputs]))
+    images, (a, b) = keras.Input((3,)), (layers.Dense(4, use_bias=False, name=name) for name in ("to_a", "to_b"))
+    return keras.Model(images, layers.Dense(2)(inner({"a": a(images), "b": b(images)})))
+
+
+def test_a_model_in_a_model_finds_its_inputs_by_name():
+    model = called_by_name()
+    for name, gone in (("to_a", [0, 1]), ("to_b", [2, 3])):
+        kernel = np.array(model.get_layer(name).kernel)
+        kernel[:, gone] = 0
+        model.get_layer(name).kernel.assign(kernel)
+    small = prune_channels(model, 0.5, ignore=["of_a", "of_b"])
+    assert widths(small)["to_a"] == widths(small)["to_b"] == 2
+    np.testing.assert_allclose(outputs(small, np.ones((1, 3))), outputs(model, np.ones((1, 3))), rtol=1e-5)
 
 
 def test_initializers_of_the_old_shape_do_not_matter():
