@@ -32,7 +32,9 @@ def prune_channels(
     Channels that belong together go together: those that meet in an addition or in a gate, a channel and its part of
     the normalisation, of the depthwise kernel and of every kernel that reads it. Inputs and outputs keep their shapes.
     Layers keep their names. What cannot be followed is left whole, with a warning that names it. If all that has been
-    removed was zero, kernels and BatchNorm's scale and shift, the outputs are those of `model`.
+    removed was zero, kernels and BatchNorm's scale and shift, the outputs are those of `model`; but not where channels
+    are normalised together, by LayerNormalization, RMSNormalization or groups of GroupNormalization: there, zeros
+    count in mean and variance.
 
     Args:
         model: A built Sequential or Functional model, nested ones included. It is left as it is.
@@ -45,7 +47,8 @@ def prune_channels(
         scope: `"layer"` removes the fraction from each group, `"global"` compares the channels of all.
         round_to: The channels that stay in a group are a multiple of it, rounded down, but at least one multiple.
             Devices like multiples of 4 or 8.
-        ignore: Layers, or names of layers, that keep all the channels they make; of a model, all its layers.
+        ignore: Layers, or names of layers, that keep all the channels they make; of a model, all its layers. A name
+            stands for every layer that has it, in inner models too.
         images: What the model takes, as one batch, for an `importance` that looks at outputs. Only with a function.
 
     Returns:
@@ -252,16 +255,15 @@ def _without(model, followed: Followed, alive) -> keras.Model:
 
 def _layers_of(model, ignore) -> list[keras.Layer]:
     known = graph.walk(model)
-    by_name = {layer.name: layer for layer in known}
     found = []
     for each in [ignore] if isinstance(ignore, (str, keras.Layer)) else ignore:
-        layer = by_name.get(each) if isinstance(each, str) else each
-        if not any(layer is other for other in known):
+        chosen = [layer for layer in known if layer is each or layer.name == each]
+        if not chosen:
             raise ValueError(
                 f"`ignore` must hold layers of {model.name!r} or their names. Received: {each!r}. "
-                f"The layers are {list(by_name)}."
+                f"The layers are {list(dict.fromkeys(layer.name for layer in known))}."
             )
-        found += graph.walk(layer)
+        found += [part for layer in chosen for part in graph.walk(layer)]
     return found
 
 

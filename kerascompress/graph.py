@@ -144,7 +144,7 @@ def arguments(node: Any, values: list) -> tuple[tuple, dict]:
 
 
 def entering(model: keras.Model, values: list, node: Any) -> list:
-    """The values that a model in a model is called with, one for each of its inputs: of a dictionary by name, as Keras."""
+    """The values that a model in a model is called with, in the order of its inputs: of a dictionary, by name."""
     given = node.arguments.args[0] if node.arguments.args else node.arguments.kwargs["inputs"]
     if not isinstance(given, dict) or isinstance(_function(model).input, dict):
         return values

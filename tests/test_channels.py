@@ -393,6 +393,18 @@ def test_layers_to_ignore_keep_their_channels():
     )
 
 
+def test_a_name_to_ignore_is_that_of_every_layer_that_has_it():
+    def tower(name):
+        inputs = keras.Input((4,))
+        return keras.Model(inputs, layers.Dense(8, name="hidden")(inputs), name=name)
+
+    inputs = keras.Input((4,))
+    x = layers.Dense(6, name="halved")(layers.Concatenate()([tower("one")(inputs), tower("two")(inputs)]))
+    small = prune_channels(keras.Model(inputs, layers.Dense(2)(x)), 0.5, ignore=["hidden"])
+    assert [small.get_layer(name).output_shape[1] for name in ("one", "two")] == [8, 8]
+    assert small.get_layer("halved").units == 3
+
+
 # --- what cannot be followed ---
 
 
