@@ -25,6 +25,7 @@ from kerascompress.pruning import kernels_of, strip_pruning
 
 # Largest difference of an output as a fraction of its largest value, by quantisation. On a GPU, convolutions in float32
 # round to 10 bits of mantissa.
+HALF = ("float16", "bfloat16")
 TOLERANCES = {None: 1e-2, "float16": 1e-2, "dynamic": 0.15, "int8": 0.25}
 
 
@@ -76,10 +77,11 @@ def export_saved_model(
             several, in a list or a dictionary: the artifact's `serve` takes and returns what the model does. In the
             signature `serving_default`, inputs have their names or the keys of the dictionary, a single one is
             `images`; outputs have the keys of the dictionary or are `output_0`, `output_1`, ….
+            A fixed batch size stays fixed, but for that of a Sequential model, which Keras takes from its first call.
         path: Folder to make; missing parents are made too.
         images: Batch on which the outputs are compared, `(batch, height, width, channels)`, or what else the model
-            takes. By default four images, or the batch size of the model, of random whole numbers from 0 to 255; give
-            your own if the model expects another range.
+            takes; with a fixed batch size, any multiple of it. By default four images, or the batch size of the model,
+            of random whole numbers from 0 to 255; give your own if the model expects another range.
         overwrite: Whether a SavedModel at `path` may be replaced. It is replaced only by a verified one.
 
     Returns:
@@ -113,7 +115,7 @@ def export_saved_model(
     with _staged(path, overwrite) as new:
         weights = _write_saved_model(small, batches, new)
         outputs = _run_saved_model(new, _structured(small, batches))
-        report = _report(small, weights, new, _checked(small, outputs, expected))
+        report = _report(small, weights, new, _checked(model, outputs, expected))
         (new / "report.json").write_text(_json(report))
     return report
 
@@ -139,7 +141,7 @@ def export_litert(
     sparsely, because LiteRT computes garbage then.
 
     Args:
-        model: As for `export_saved_model`.
+        model: As for `export_saved_model`. One of mixed precision is written in float32, in which its weights are.
         path: File to make, ending in ".tflite".
         images: As for `export_saved_model`. With "int8" they are needed, a hundred or more of what the network will
             see: they tell the range of each activation.
@@ -147,13 +149,13 @@ def export_litert(
             where it pays. `"int8"` computes everything with int8; inputs and outputs stay float32.
         latency_runs: How often the file, and the network as a plain float32 file, are timed in turns: at least 50, or 0
             for not at all. Needs `pip install kerascompress[litert]`.
-        overwrite: Whether a file at `path` may be replaced. It is replaced only by a verified one.
+        overwrite: Whether a file at `path`, and its report, may be replaced. It is replaced only by a verified one.
 
     Returns:
         An `ExportReport`: sparsity, MACs and execution of the kernels, sizes, error, agreement and latency.
 
     Raises:
-        FileExistsError: If `path` exists and `overwrite` is False, or is a folder.
+        FileExistsError: If `path` or its report exists and `overwrite` is False, or `path` is a folder.
         ValueError: As for `export_saved_model`, if `path` does not end in ".tflite", or an argument is not allowed.
         RuntimeError: If the outputs of the file differ from the model's by more than 1 % of the largest; with
             "dynamic" 15 % and with "int8" 25 %, where `agreement` tells more.
@@ -171,15 +173,16 @@ def export_litert(
         raise FileExistsError(f"{path} is a folder. Choose another path.")
     litert.check(quantize, images, latency_runs)
     small, batches, expected = _check_and_strip(model, images)
+    _compute_in_float32(small, batches)
     named = dict(zip(_input_names(small), batches, strict=True))
-    with _staged(path, overwrite) as new, _staged(path.with_name(path.name + ".json"), overwrite=True) as new_report:
+    with _staged(path, overwrite) as new, _staged(path.with_name(path.name + ".json"), overwrite) as new_report:
         saved_model = new.with_name("saved_model")
         weights = _write_saved_model(small, batches, saved_model)
-        samples = functools.partial(litert.batches, named, small.inputs[0].shape[0] or 1)
+        samples = functools.partial(litert.batches, named, _batch_size(small) or 1)
         kernels = [kernel for kernel in kernels_of(small) if any(kernel is weight for weight in weights)]
         sparse = latency.stores_sparsely(kernels, quantize)
         new.write_bytes(litert.convert(saved_model, quantize, samples, sparse=sparse))
-        checked = _checked(small, litert.run(new, named), expected, quantize)
+        checked = _checked(model, litert.run(new, named), expected, quantize)
         report = _report(small, weights, new, checked)
         for row, verdict in zip(report.kernels, latency.execution(small, kernels, quantize), strict=True):
             row["execution"] = verdict
@@ -225,13 +228,53 @@ def _check_and_strip(model, images) -> tuple[keras.Model, list[np.ndarray], dict
             "`inputs = keras.Input(shape)`, then `keras.Model(inputs, model(inputs))`."
         )
     batches = _batches(small, images)
-    expected = _named(small(_structured(small, batches), training=False))
+    try:
+        parts = [small(_structured(small, part), training=False) for part in _parts(small, batches)]
+    except Exception as error:  # whatever a layer may raise
+        if images is not None:
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{model.name!r} does not take random whole numbers from 0 to 255: pass some inputs as `images`. "
+            f"Received: images=None, and then {type(error).__name__}: {reason}"
+        ) from error
+    expected = litert.joined([_named(part) for part in parts])
     if not all(np.isfinite(output).all() for output in expected.values()):
         raise ValueError(
             f"The outputs of {model.name!r} are not all finite, so the artifact cannot be checked against them. If the "
             "weights are, then the model expects other inputs than pixels from 0 to 255: pass some as `images`."
         )
     return small, batches, expected
+
+
+def _compute_in_float32(model, batches) -> None:
+    """Changes a copy that computes with half of the bits, which LiteRT's converter takes of no network."""
+    half = [layer for layer in graph.walk(model) if layer.compute_dtype in HALF]
+    for layer in half:
+        layer.dtype_policy = "float32"
+    try:
+        _ = half and model(_structured(model, _parts(model, batches)[0]), training=False)
+    except Exception as error:  # whatever a layer may raise that has weights in half precision
+        raise ValueError(
+            f"A LiteRT file computes in float32, and {model.name!r} does not without being built anew. Build it under "
+            'keras.config.set_dtype_policy("float32"), and give it these weights with `set_weights`.'
+        ) from error
+
+
+def _shapes(model) -> list[tuple[int | None, ...]]:
+    """The shapes of the inputs; the batch of a Sequential model is free, unless layers keep a state for each image."""
+    free = isinstance(model, keras.Sequential) and not any(getattr(x, "stateful", False) for x in graph.walk(model))
+    return [(None if free else each.shape[0], *each.shape[1:]) for each in model.inputs]
+
+
+def _batch_size(model) -> int | None:
+    return next((shape[0] for shape in _shapes(model) if shape[0]), None)
+
+
+def _parts(model, batches: list) -> list[list]:
+    """The batches in parts of the size that the model takes, if that is fixed."""
+    parts = litert.batches(dict(enumerate(batches)), _batch_size(model) or len(batches[0]))
+    return [list(part.values()) for part in parts]
 
 
 def _input_names(model) -> list[str]:
@@ -272,11 +315,16 @@ def _named(outputs) -> dict[str, np.ndarray]:
 
 def _batches(model, images) -> list[np.ndarray]:
     """A batch for each input of the model: what was given, or random ones."""
-    names = _input_names(model)
+    names, shapes = _input_names(model), _shapes(model)
     if images is None:
         random = np.random.default_rng(0)
-        shapes = [[size or (32 if axis else 4) for axis, size in enumerate(each.shape)] for each in model.inputs]
-        given = [random.integers(0, 256, shape) for shape in shapes]
+        sizes = [[size or (32 if axis else 4) for axis, size in enumerate(shape)] for shape in shapes]
+        given = [random.integers(0, 256, each) for each in sizes]
+    elif not isinstance(images, dict | list | tuple) and not hasattr(images, "shape"):
+        raise ValueError(
+            "`images` must be one batch of arrays. "
+            f"Received: images of type {type(images).__name__}. Of a data set, take `next(iter(dataset))[0]`."
+        )
     elif isinstance(images, dict):
         given = [images[name] for name in names] if images.keys() == set(names) else []
     else:
@@ -284,13 +332,15 @@ def _batches(model, images) -> list[np.ndarray]:
     batches = [np.asarray(batch).astype(each.dtype) for batch, each in zip(given, model.inputs, strict=False)]
     received = [batch.shape for batch in batches]
     if len(given) != len(names) or not all(
-        len(shape) == len(each.shape)
-        and all(want in (None, size) for want, size in zip(each.shape, shape, strict=True))
-        for shape, each in zip(received, model.inputs, strict=True)
+        len(shape) == len(wanted)
+        and shape[0] > 0 == shape[0] % (wanted[0] or 1)
+        and all(want in (None, size) for want, size in zip(wanted[1:], shape[1:], strict=True))
+        for shape, wanted in zip(received, shapes, strict=True)
     ):
-        wanted = ", ".join(f"{name} {tuple(each.shape)}" for name, each in zip(names, model.inputs, strict=True))
+        takes = ", ".join(f"{name} {shape}" for name, shape in zip(names, shapes, strict=True))
         raise ValueError(
-            f"`images` must be what {model.name!r} takes, several in a list or a dictionary: {wanted}. "
+            f"`images` must be what {model.name!r} takes, of a fixed batch size any multiple, not empty, several in a "
+            f"list or a dictionary: {takes}. "
             f"Received: {', '.join(images) if isinstance(images, dict) else received}."
         )
     return batches
@@ -317,7 +367,7 @@ def _write_saved_model(model, batches, folder) -> list[keras.Variable]:
     import tensorflow as tf
 
     with _ReadVariables() as read:
-        model(_structured(model, batches), training=False)
+        model(_structured(model, _parts(model, batches)[0]), training=False)
     weights = [variable for variable in model.variables if id(variable) in read.ids]
 
     if keras.backend.backend() == "torch":
@@ -334,8 +384,8 @@ def _write_saved_model(model, batches, folder) -> list[keras.Variable]:
     module.weights = [
         tf.Variable(keras.ops.convert_to_numpy(weight.value), trainable=False, name=weight.path) for weight in weights
     ]
-    named = zip(_input_names(model), model.inputs, strict=True)
-    specs = [tf.TensorSpec(each.shape, each.dtype, name) for name, each in named]
+    named = zip(_input_names(model), _shapes(model), model.inputs, strict=True)
+    specs = [tf.TensorSpec(shape, each.dtype, name) for name, shape, each in named]
     module.serve = tf.function(
         lambda images: forward([weight.value() for weight in module.weights], images),
         input_signature=[_structured(model, specs)],
@@ -356,7 +406,7 @@ def _in_tensorflow(forward, model):
 
     return jax2tf.convert(
         forward,
-        polymorphic_shapes=[None, _structured(model, [free(i, each.shape) for i, each in enumerate(model.inputs)])],
+        polymorphic_shapes=[None, _structured(model, [free(i, shape) for i, shape in enumerate(_shapes(model))])],
         with_gradient=False,
         native_serialization_platforms=("cpu", "cuda"),  # wherever it was trained
     )
@@ -390,7 +440,11 @@ def _run_saved_model(folder, images):
     import tensorflow as tf
 
     loaded = tf.saved_model.load(str(folder))  # must outlive the call: its functions do not keep its variables
-    return keras.tree.map_structure(lambda output: output.numpy(), loaded.serve(images))
+    specs = loaded.signatures["serving_default"].structured_input_signature[1].values()
+    flat = keras.tree.flatten(images)
+    size = next((spec.shape[0] for spec in specs if spec.shape[0]), len(flat[0]))
+    parts = [list(part.values()) for part in litert.batches(dict(enumerate(flat)), size)]
+    return litert.joined([_named(loaded.serve(keras.tree.pack_sequence_as(images, part))) for part in parts])
 
 
 def _float32(tensor) -> np.ndarray:
@@ -405,7 +459,7 @@ def _checked(model, outputs, expected: dict[str, np.ndarray], quantize: str | No
         for name, values in expected.items()
     ]
     error = float(np.max(differences))  # NaN, if there is one
-    half = any(layer.compute_dtype in ("float16", "bfloat16") for layer in graph.walk(model))
+    half = any(layer.compute_dtype in HALF for layer in graph.walk(model))
     tolerance = max(5e-2 if half else 0, TOLERANCES[quantize])
     if not error <= tolerance:  # so that NaN fails
         remedy = "Pass more `images`, of all kinds, or quantize='dynamic'. " if quantize == "int8" else ""

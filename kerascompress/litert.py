@@ -67,8 +67,11 @@ def convert(saved_model: Path, quantize: str | None, samples: Callable[[], Any],
 
 
 def run(file: Path, named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The outputs by name, for inputs by name."""
-    return interpreter(file).get_signature_runner("serving_default")(**named)
+    """The outputs by name, for inputs by name: in one batch, or in those that the file takes."""
+    runner = interpreter(file).get_signature_runner("serving_default")
+    size = max(each["shape_signature"][0] for each in runner.get_input_details().values())  # -1 if it is free
+    count = len(next(iter(named.values())))
+    return joined([runner(**part) for part in batches(named, size if size > 0 else count)])
 
 
 def latency(files: dict[str, Path], named: dict[str, np.ndarray], runs: int) -> dict[str, dict[str, float]]:
@@ -99,11 +102,17 @@ def interpreter(file: Path, **settings: Any) -> Any:
         return tf.lite.Interpreter(str(file), **settings)
 
 
+def joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The outputs of several batches as those of one."""
+    first, *others = parts
+    return {name: np.concatenate([part[name] for part in parts]) for name in first} if others else first
+
+
 def _has_litert() -> bool:
     return importlib.util.find_spec("ai_edge_litert") is not None
 
 
-def batches(named: dict[str, np.ndarray], size: int) -> Iterator[dict[str, np.ndarray]]:
+def batches(named: dict[Any, np.ndarray], size: int) -> Iterator[dict[Any, np.ndarray]]:
     """The images in batches of the size that the network takes."""
     count = len(next(iter(named.values())))
     for start in range(0, count - size + 1, size):

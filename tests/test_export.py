@@ -436,7 +436,8 @@ def test_an_output_that_differs_is_found_among_several(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "given", "received"),
     [
-        ("a fixed batch", np.zeros((4, 5)), r"images \(2, 5\). Received: \[\(4, 5\)\]"),
+        ("a fixed batch", np.zeros((3, 5)), r"images \(2, 5\). Received: \[\(3, 5\)\]"),
+        ("a fixed batch", np.zeros((0, 5)), r"not empty.*images \(2, 5\). Received: \[\(0, 5\)\]"),
         ("lists", [np.zeros((4, 3))], r"left \(None, 3\), right \(None, 5\). Received: \[\(4, 3\)\]"),
         ("lists", np.zeros((2, 4, 3)), r"right \(None, 5\). Received: \[\(4, 3\), \(4, 3\)\]"),
         ("dictionaries", {"left": np.zeros((4, 3)), "write": np.zeros((4, 5))}, "Received: left, write"),
@@ -446,6 +447,71 @@ def test_images_that_the_model_does_not_take_are_refused(tmp_path, kind, given, 
     with pytest.raises(ValueError, match=rf"`images` must be what .* takes.*{received}"):
         export_saved_model(several(kind)[0](), tmp_path / "net", images=given)
     assert not everything_in(tmp_path)
+
+
+def test_a_data_set_is_no_batch_of_images(tmp_path):
+    with pytest.raises(ValueError, match=r"one batch of arrays\. Received: images of type generator"):
+        export_saved_model(two_layers(), tmp_path / "net", images=(each for each in [images(4, 8, 8, 1)]))
+
+
+@pytest.mark.once
+def test_a_model_that_takes_no_pixels_asks_for_images(tmp_path):
+    model = keras.Sequential([keras.Input((4,), dtype="int32"), keras.layers.Embedding(3, 2), keras.layers.Flatten()])
+    with pytest.raises(ValueError, match=r"does not take random whole numbers.*pass some inputs as `images`"):
+        export_saved_model(model, tmp_path / "net")
+    assert not everything_in(tmp_path)
+
+
+def test_the_first_batch_of_a_sequential_model_does_not_fix_its_size(tmp_path):
+    model = keras.Sequential([keras.layers.Conv2D(2, 3), keras.layers.Flatten(), keras.layers.Dense(3)])
+    model(images(2, 8, 8, 1))
+    export_saved_model(model, tmp_path / "net")
+    np.testing.assert_allclose(
+        serve(tmp_path / "net", images(5, 8, 8, 1)), outputs(model, images(5, 8, 8, 1)), rtol=1e-4
+    )
+    report = export_litert(model, tmp_path / "net.tflite", images=images(3, 8, 8, 1))
+    assert report.max_error < 1e-5
+
+
+@pytest.mark.once
+def test_all_batches_of_a_fixed_size_calibrate_int8(tmp_path, monkeypatch):
+    sizes, convert = [], litert.convert
+    monkeypatch.setattr(
+        litert, "convert", lambda *args, **settings: sizes.extend(map(shape, args[2]())) or convert(*args, **settings)
+    )
+    shape = lambda sample: sample["images"].shape  # noqa: E731
+    inputs = keras.Input((64,), 2, name="images")
+    model = keras.Model(inputs, keras.layers.Dense(10)(inputs))
+    report = export_litert(model, tmp_path / "net.tflite", quantize="int8", images=images(8, 64) / 128 - 1)
+    assert sizes == [(2, 64)] * 4
+    assert report.max_error < 0.05
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_a_litert_file_of_reduced_precision_is_one_of_float32(tmp_path, policy):
+    keras.config.set_dtype_policy(policy)
+    inputs = keras.Input((6, 3))
+    x = keras.layers.Bidirectional(keras.layers.GRU(4, unroll=True))(keras.layers.Dense(3, activation="relu")(inputs))
+    model = keras.Model(inputs, keras.layers.Dense(2)(keras.layers.BatchNormalization()(x)))
+    report = export_litert(model, tmp_path / "net.tflite", images=images(4, 6, 3) / 256)
+    assert report.max_error < 5e-2
+    assert {layer.compute_dtype for layer in model._flatten_layers()} == {policy.removeprefix("mixed_")}
+
+
+@pytest.mark.once
+def test_weights_of_reduced_precision_that_float32_cannot_take_are_refused(tmp_path):
+    model = keras.Sequential([keras.Input((6, 3)), keras.layers.GRU(4, unroll=True, dtype="float16")])
+    with pytest.raises(ValueError, match=r"computes in float32.*set_dtype_policy\("):
+        export_litert(model, tmp_path / "net.tflite", images=images(4, 6, 3) / 256)
+
+
+@pytest.mark.once
+def test_the_file_beside_a_litert_file_is_replaced_only_on_request(tmp_path):
+    (tmp_path / "net.tflite.json").write_text("precious")
+    with pytest.raises(FileExistsError, match=r"net\.tflite\.json exists already"):
+        export_litert(two_layers(), tmp_path / "net.tflite")
+    assert everything_in(tmp_path) == {"net.tflite.json": b"precious"}
 
 
 class Subclassed(keras.Model):
