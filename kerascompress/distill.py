@@ -188,7 +188,24 @@ class Distiller(keras.Model):
 
     def make_train_function(self, force=False):
         self._update_teacher()
+        self._separate_buffers()
         return super().make_train_function(force)
+
+    def make_test_function(self, force=False):
+        self._separate_buffers()
+        return super().make_test_function(force)
+
+    def make_predict_function(self, force=False):
+        self._separate_buffers()
+        return super().make_predict_function(force)
+
+    def _separate_buffers(self):
+        """Gives the teacher buffers of its own where the student began with them: JAX takes each from us once."""
+        if keras.backend.backend() == "jax" and self._held.runs is not None:
+            others = {id(variable.value) for variable in self.student.variables}
+            for variable in self._held.runs.variables:
+                if id(variable.value) in others:
+                    variable.assign(kops.copy(variable.value))
 
     def fit(self, *args, **kwargs):
         """As of `keras.Model`."""
@@ -197,7 +214,7 @@ class Distiller(keras.Model):
         if keras.backend.backend() != "jax":
             return super().fit(*args, **kwargs)
         # The train loop gives the buffers of its variables away, and after an error nobody puts them back. So it gets
-        # copies of the teacher's, which the student may have been initialised from, too.
+        # copies of the teacher's.
         kept = [(variable, variable.value) for variable in self._held.runs.variables]
         for variable, value in kept:
             variable.assign(kops.copy(value))
@@ -428,26 +445,8 @@ def _check_classifier(name, model):
         raise ValueError(
             f"`{name}` must give logits of shape (batch, classes), at least 2 classes. Received: outputs of {outputs}."
         )
-    activation = _last_activation(model) if hasattr(model, "operations") or isinstance(model, keras.Sequential) else ""
-    if activation in ("softmax", "sigmoid", "log_softmax"):
-        raise ValueError(
-            f"`{name}` must give logits. Received: a model that ends in {activation}. Build it without it, with "
-            "activation=None in the last layer (classifier_activation=None in keras.applications); "
-            "for probabilities, add a softmax to the model that you export."
-        )
+    losses.check_logits(name, model)
     return tuple(shape)[1:], outputs[1]
-
-
-def _last_activation(model):
-    """The name of the activation in which a model ends, as far as can be told: of a subclassed model, it cannot."""
-    for layer in reversed(getattr(model, "operations", None) or getattr(model, "layers", [])):
-        if hasattr(layer, "operations") or isinstance(layer, keras.Sequential):
-            return _last_activation(layer)
-        layer = getattr(layer, "layer", layer)  # of a wrapper
-        name = getattr(getattr(layer, "activation", None), "__name__", None) or type(layer).__name__
-        if getattr(layer, "variables", None) or name not in ("linear", "Identity", "Flatten", "Reshape", "Dropout"):
-            return {"LogSoftmax": "log_softmax"}.get(name, name.lower())
-    return ""
 
 
 def _check_augment(augment, image_shape):

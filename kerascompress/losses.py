@@ -1,4 +1,4 @@
-"""What distillation compares: Hinton's loss of every image, and Equation 6, which chooses among candidates."""
+"""What is made of logits: Hinton's loss of every image, and Equation 6, which chooses among candidates."""
 
 import keras
 from keras import ops as kops
@@ -108,3 +108,26 @@ class Distillation(keras.losses.Loss):
 
     def call(self, teacher_logits, student_logits):
         return kops.cast(distillation_loss(teacher_logits, student_logits, self.temperature), self.dtype)
+
+
+def check_logits(name: str, model: keras.Model) -> None:
+    """Raises a ValueError that names the argument if a model ends in probabilities, as far as can be told."""
+    activation = _last_activation(model) if hasattr(model, "operations") or isinstance(model, keras.Sequential) else ""
+    if activation in ("softmax", "sigmoid", "log_softmax"):
+        raise ValueError(
+            f"`{name}` must give logits. Received: a model that ends in {activation}. Build it without it, with "
+            "activation=None in the last layer (classifier_activation=None in keras.applications); "
+            "for probabilities, add a softmax to the model that you export."
+        )
+
+
+def _last_activation(model):
+    """The name of the activation in which a model ends, as far as can be told: of a subclassed model, it cannot."""
+    for layer in reversed(getattr(model, "operations", None) or getattr(model, "layers", [])):
+        if hasattr(layer, "operations") or isinstance(layer, keras.Sequential):
+            return _last_activation(layer)
+        layer = getattr(layer, "layer", layer)  # of a wrapper
+        name = getattr(getattr(layer, "activation", None), "__name__", None) or type(layer).__name__
+        if getattr(layer, "variables", None) or name not in ("linear", "Identity", "Flatten", "Reshape", "Dropout"):
+            return {"LogSoftmax": "log_softmax"}.get(name, name.lower())
+    return ""

@@ -282,6 +282,20 @@ def test_batch_norm_statistics_are_those_of_the_chosen_images():
 
 
 @pytest.mark.once("jax")
+@pytest.mark.parametrize("method", ["evaluate", "predict", "train_on_batch", "test_on_batch"])
+def test_a_student_that_begins_with_the_teachers_weights_runs_outside_of_fit(method):
+    student, teacher = classifier(seed=1), classifier(seed=2)
+    model = distiller(student=student, teacher=teacher, num_candidates=1)
+    for one, other in zip(student.variables, teacher.variables, strict=True):
+        one.assign(other.value)  # on JAX one buffer
+    expected = arrays(teacher.variables)
+    images, labels = data()
+    settings = {"verbose": 0} if method in ("evaluate", "predict") else {}
+    getattr(model, method)(*([images] if method == "predict" else [images, labels]), **settings)
+    assert_same(arrays(teacher.variables), expected)
+
+
+@pytest.mark.once("jax")
 def test_one_candidate_is_no_selection():
     model = distiller(num_candidates=1)
     logs = model.fit(*data(), batch_size=4, verbose=0).history
