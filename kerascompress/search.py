@@ -13,6 +13,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from kerascompress import losses
+
 NEAREST = 13  # so many magnitudes around the prediction are tried: 6 on either side, if they are whole numbers
 METRICS = ("accuracy", "cross_entropy")
 
@@ -166,9 +168,10 @@ def validation_score(
     L_CE(f(A(X_val; M); W*), Y_val).
 
     Args:
-        model: The network without its augmentation, from images to logits `(batch, classes)`.
+        model: The network without its augmentation, from images to logits `(batch, classes)`; for `"accuracy"`,
+            probabilities will do.
         images: `(batch, height, width, channels)`, held out from training.
-        labels: int `(batch,)`.
+        labels: int `(batch,)` or `(batch, 1)`.
         augment: A layer that is called with `training=True`, such as `RandAugment` at the magnitude of the training.
             Give it a fixed seed, so that all networks are scored on the same draws. `None` is clean images.
         metric: `"accuracy"`, in [0, 1], or `"cross_entropy"`, minus its mean over the images, in nats.
@@ -178,7 +181,8 @@ def validation_score(
         The score.
 
     Raises:
-        ValueError: If `metric` is another, or if there is no label for every image.
+        ValueError: If `metric` is another, if there is no label for every image, or if a model that ends in a softmax or
+            sigmoid is asked for its cross-entropy.
 
     Example:
         >>> import keras, numpy as np, kerascompress as kc
@@ -192,12 +196,18 @@ def validation_score(
     """
     if metric not in METRICS:
         raise ValueError(f"`metric` must be one of {METRICS}. Received: metric={metric!r}.")
+    if metric == "cross_entropy":
+        losses.check_logits("model", model)
     labels = np.asarray(labels)
-    if labels.shape != (len(images),) or not len(images):
+    if labels.shape not in ((len(images),), (len(images), 1)) or not len(images):
+        one_hot = labels.ndim == 2 and labels.shape[1] > 1
         raise ValueError(
             "`labels` must be integers of shape (batch,), one for each image. "
-            f"Received: labels of shape {labels.shape} for {len(images)} images. For one-hot labels, use `argmax(-1)`."
+            f"Received: labels of shape {labels.shape} for {len(images)} images."
+            + " For one-hot labels, use `argmax(-1)`."
+            * one_hot
         )
+    labels = labels.reshape(-1)
     if augment is not None:
         batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
         images = np.concatenate([keras.ops.convert_to_numpy(augment(batch, training=True)) for batch in batches])

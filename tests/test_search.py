@@ -256,6 +256,22 @@ def test_a_search_on_real_digits_with_real_trainings_prefers_moderate_magnitudes
     assert result.epochs_spent == 12
 
 
+@pytest.mark.once
+def test_labels_in_a_column_score_the_same_and_the_advice_for_one_hot_labels_is_for_those():
+    inputs = keras.Input((4,))
+    logits = keras.layers.Dense(3)(inputs)
+    model, probabilities = keras.Model(inputs, logits), keras.Model(inputs, keras.layers.Softmax()(logits))
+    images, labels = np.random.default_rng(0).normal(size=(6, 4)), np.arange(6) % 3
+    for metric in ("accuracy", "cross_entropy"):
+        expected = kc.validation_score(model, images, labels, metric=metric)
+        assert kc.validation_score(model, images, labels[:, None], metric=metric) == expected
+    assert kc.validation_score(probabilities, images, labels) == kc.validation_score(model, images, labels)
+    with pytest.raises(ValueError, match=r"`model` must give logits. Received: a model that ends in softmax"):
+        kc.validation_score(probabilities, images, labels, metric="cross_entropy")
+    with pytest.raises(ValueError, match=r"labels of shape \(5, 1\) for 6 images\.$"):
+        kc.validation_score(model, images, labels[1:, None])
+
+
 # --- bad input ---
 
 
