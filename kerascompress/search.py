@@ -181,8 +181,8 @@ def validation_score(
         The score.
 
     Raises:
-        ValueError: If `metric` is another, if there is no label for every image, or if a model that ends in a softmax or
-            sigmoid is asked for its cross-entropy.
+        ValueError: If `metric` is another, if there is no label for every image, or if a model that ends in a softmax
+            or sigmoid is asked for its cross-entropy.
 
     Example:
         >>> import keras, numpy as np, kerascompress as kc

@@ -192,6 +192,21 @@ def test_free_height_and_width():
 
 
 @pytest.mark.once
+def test_statistics_of_images_may_be_an_array():
+    mean, std = np.array([100.0, 120.0]), np.array([50.0, 60.0], "float32")
+    normalize = small_resnet(mean=mean, std=std).get_layer("normalize")
+    expected = small_resnet(mean=(100, 120), std=(50, 60)).get_layer("normalize")
+    assert (normalize.scale, normalize.offset) == (expected.scale, expected.offset)
+
+
+@pytest.mark.once
+def test_channels_first_are_refused(monkeypatch):
+    monkeypatch.setattr(keras.config, "image_data_format", lambda: "channels_first")
+    with pytest.raises(ValueError, match=r"channels last. Received: .*'channels_first'. Call keras.config.set_"):
+        small_resnet()
+
+
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,9 +1,9 @@
 """What the networks share: PyTorch's geometry, initialisation and weight decay, pixels in and logits out."""
 
 import zlib
-from collections.abc import Sequence
 
 import keras
+import numpy as np
 
 # Size of an image, and channel means and standard deviations: of the CIFAR-100 training images (CIFAR-10's lie within 6
 # units of them), and those that are customary for ImageNet.
@@ -17,6 +17,11 @@ def normalised_images(num_classes, *, width, stem, input_shape, mean, std, weigh
     """The input and what is made of its pixels, once the arguments that all networks share are found good."""
     if stem not in STEMS:
         raise ValueError(f"`stem` must be one of {tuple(STEMS)}. Received: stem={stem!r}.")
+    if keras.config.image_data_format() != "channels_last":
+        raise ValueError(
+            "These networks take images with the channels last. Received: keras.config.image_data_format() = "
+            f"{keras.config.image_data_format()!r}. Call keras.config.set_image_data_format('channels_last')."
+        )
     if num_classes < 1 or width <= 0:
         raise ValueError(
             "`num_classes` must be at least 1 and `width` positive. "
@@ -108,7 +113,7 @@ def _penalty(weight_decay):
 def _per_channel(name, value, default, channels):
     if value is None:
         value = default if channels == len(default) else sum(default) / len(default)
-    values = [float(v) for v in value] if isinstance(value, Sequence) else [float(value)] * channels
+    values = [float(v) for v in value] if np.ndim(value) else [float(value)] * channels
     if len(values) != channels:
         raise ValueError(
             f"`{name}` must be one number or one for each of the {channels} channels. Received: {name}={value}."

@@ -51,7 +51,7 @@ def shufflenet_v2(
         logits `(batch, num_classes)`. The stages end at the input of the layer "head".
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or `keras.config.image_data_format()` is not "channels_last".
 
     Example:
         >>> import kerascompress as kc
