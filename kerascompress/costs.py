@@ -9,8 +9,8 @@ import numpy as np
 from keras import layers, ops
 
 from kerascompress import graph
-from kerascompress.pruning import kernels_of, strip_pruning
-from kerascompress.wrapper import PruneLowMagnitude, prunable_weights
+from kerascompress.pruning import kernels_of
+from kerascompress.wrapper import PruneLowMagnitude, prunable_weights, wrappers_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,8 @@ def summary(model: keras.Model) -> Summary:
     """Parameters, weights that are not zero, and multiplications of a network, in all and by kernel.
 
     Args:
-        model: A built model, pruned or not. It is left as it is.
+        model: A built model, pruned or not, subclassed or not. It is left as it is. What is masked counts as zero, and
+            what pruning keeps beside the weights does not count.
 
     Returns:
         A `Summary`; printed, it is a table.
@@ -66,16 +67,23 @@ def summary(model: keras.Model) -> Summary:
         >>> f"{kc.summary(dense).macs:,} {kc.summary(kc.prune_channels(dense, 0.5)).macs:,}"
         '40,813,184 10,314,048'
     """
-    plain = isinstance(model, keras.Model) and not any(isinstance(x, PruneLowMagnitude) for x in graph.walk(model))
-    small = model if plain else strip_pruning(model)
-    if not small.built:
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"`summary` needs a Keras 3 model. Received: {model!r} of type {type(model).__name__}.")
+    if not model.built:
         raise ValueError(f"Build or call the model first. Received: {model.name!r}, which is not built.")
-    return Summary(**facts(small, small.weights))
+    wrappers = [wrapper for wrapper in wrappers_in(model) if wrapper.built]
+    beside = {id(wrapper.pruning_step) for wrapper in wrappers}
+    beside |= {id(each) for wrapper in wrappers for _, *others in wrapper.pruning_vars for each in others}
+    return Summary(**facts(model, [weight for weight in model.weights if id(weight) not in beside]))
 
 
 def facts(model: keras.Model, weights: list[keras.Variable]) -> dict[str, Any]:
-    """The fields of a `Summary`, over these weights of a model without wrappers."""
-    nonzeros = {id(weight): int(np.count_nonzero(ops.convert_to_numpy(weight.value))) for weight in weights}
+    """The fields of a `Summary`, over these weights of a model."""
+    pruned = [(wrapper, kernel, mask) for wrapper in wrappers_in(model) for kernel, mask, _ in wrapper.pruning_vars]
+    masks = {id(kernel): ops.convert_to_numpy(mask.value) for _, kernel, mask in pruned}
+    names = {id(kernel): kernel.path.replace(f"{wrapper.name}/", "", 1) for wrapper, kernel, _ in pruned}
+    values = {id(weight): ops.convert_to_numpy(weight.value) for weight in weights}
+    nonzeros = {key: int(np.count_nonzero((value != 0) & masks.get(key, True))) for key, value in values.items()}
     kernels = [kernel for kernel in kernels_of(model) if id(kernel) in nonzeros]
     sizes = {id(weight): math.prod(weight.shape) for weight in weights}
     macs = _macs(model)
@@ -83,7 +91,7 @@ def facts(model: keras.Model, weights: list[keras.Variable]) -> dict[str, Any]:
     counted = [macs.get(id(kernel)) for kernel in kernels]
     rows = [
         {
-            "name": kernel.path,
+            "name": names.get(id(kernel), kernel.path),
             "shape": list(kernel.shape),
             "weights": sizes[id(kernel)],
             "nonzeros": nonzeros[id(kernel)],
@@ -102,27 +110,45 @@ def facts(model: keras.Model, weights: list[keras.Variable]) -> dict[str, Any]:
     }
 
 
-def _macs(model: keras.Model) -> dict[int, int]:
-    """The multiplications with each kernel, by its id, where they are known."""
-    found: dict[int, int] = {}
+def _macs(model: keras.Model) -> dict[int, int | None]:
+    """The multiplications with each kernel, by its id; None if those of one of its calls are not known."""
+    found: dict[int, int | None] = {}
 
-    def call(operation, values, node):
+    def call(operation, tensors, node):
+        tensors = [each if _free(own) else own for own, each in zip(node.input_tensors, tensors, strict=True)]
         if graph.is_graph(operation):
-            return graph.compute(operation, graph.entering(operation, values, node), call)
-        positions = _positions(operation, node)
-        if positions is not None:
-            for kernel in prunable_weights(operation):
-                found[id(kernel)] = found.get(id(kernel), 0) + positions * math.prod(kernel.shape)
-        return [None] * len(node.outputs)
+            return graph.compute(operation, graph.entering(operation, tensors, node), call)
+        outputs = _outputs(operation, tensors, node)
+        layer = operation.layer if isinstance(operation, PruneLowMagnitude) else operation
+        positions = _positions(layer, tensors[0].shape[1:], outputs[0].shape[1:])
+        for kernel in prunable_weights(layer) if isinstance(layer, keras.Layer) else ():
+            before = found.get(id(kernel), 0)
+            known = positions is not None and before is not None
+            found[id(kernel)] = before + positions * math.prod(kernel.shape) if known else None
+        return outputs
 
     if graph.is_graph(model):
-        graph.compute(model, [None] * len(model.inputs), call)
+        graph.compute(model, model.inputs, call)
     return found
 
 
-def _positions(layer, node) -> int | None:
+def _free(tensor) -> bool:
+    return None in tensor.shape[1:]
+
+
+def _outputs(operation, tensors, node) -> list:
+    """The symbolic outputs of a call, of the sizes that these tensors give them where its own leave them free."""
+    if not any(map(_free, node.outputs)) or any(map(_free, tensors)):
+        return node.outputs
+    args, kwargs = graph.arguments(node, tensors)
+    try:
+        return keras.tree.flatten(operation.compute_output_spec(*args, **kwargs))
+    except Exception:  # whatever a layer may raise
+        return node.outputs
+
+
+def _positions(layer, taken, made) -> int | None:
     """How often every weight of a kernel is multiplied for one image."""
-    taken, made = node.input_tensors[0].shape[1:], node.outputs[0].shape[1:]
     if isinstance(layer, layers.Embedding):
         return 0
     if isinstance(layer, layers.Dense):

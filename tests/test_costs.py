@@ -1,4 +1,5 @@
 import keras
+import numpy as np
 import pytest
 from keras import layers
 
@@ -43,6 +44,48 @@ def test_a_shared_layer_multiplies_in_every_call_and_a_free_size_is_not_known():
     inputs, dense = keras.Input((4,)), layers.Dense(4)
     assert kc.summary(keras.Model(inputs, dense(dense(inputs)))).macs == 32
     assert kc.summary(models.resnet(8, 10, input_shape=(None, None, 3))).macs is None
+
+
+def test_a_call_of_unknown_size_makes_the_multiplications_of_a_layer_unknown():
+    free, fixed = keras.Input((None, None, 3)), keras.Input((8, 8, 3))
+    convolution = layers.Conv2D(4, 3, padding="same")
+    for inputs in ([free, fixed], [fixed, free]):
+        assert kc.summary(keras.Model(inputs, [convolution(each) for each in inputs])).macs is None
+
+
+def test_a_model_of_free_size_multiplies_as_often_as_the_size_that_it_is_given_says():
+    inputs = keras.Input((32, 32, 3))
+    net = models.resnet(20, 10, input_shape=(None, None, 3))
+    assert kc.summary(keras.Model(inputs, net(layers.Identity()(inputs)))).macs == 40_813_184  # 40.8 M
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.hidden = kc.prune_low_magnitude(layers.Dense(4, name="hidden"))
+        self.logits = layers.Dense(2, name="logits")
+
+    def call(self, x):
+        return self.logits(self.hidden(x))
+
+
+def test_a_subclassed_model_of_wrappers_counts_what_its_forward_pass_multiplies_with():
+    model = Subclassed()
+    model(np.ones((1, 3)))
+    ((_, mask, _),) = model.hidden.pruning_vars
+    mask.assign([[True] * 4, [False] * 4, [False] * 4])
+    summary = kc.summary(model)
+    assert (summary.parameters, summary.nonzeros, summary.macs) == (12 + 4 + 8 + 2, 4 + 8, None)
+    assert [kernel["nonzeros"] for kernel in summary.kernels] == [4, 8]
+    assert summary.sparsity == pytest.approx(8 / 20)
+
+
+def test_kernels_have_the_names_that_they_have_without_wrappers():
+    inner = keras.Sequential([keras.Input((4,)), layers.Dense(3, name="inside")], name="inner")
+    net = keras.Sequential([keras.Input((4,)), inner, layers.Dense(2, name="logits")])
+    pruned = kc.prune_low_magnitude(net)
+    summaries = [kc.summary(each) for each in (pruned, kc.strip_pruning(pruned))]
+    assert summaries[0] == summaries[1]
 
 
 def test_a_model_that_is_not_built_is_refused():
