@@ -53,7 +53,8 @@ def outcome(run):
 def plan(study):
     """Returns the runs: at each ratio, without RandAugment, strong, and linked to the sparsity."""
     usual = SMOKE if FLAGS.smoke else {"sparsities": SPARSITIES, "decayed": LINKED}
-    sparsities, linked = flags.decay(usual["sparsities"], usual["decayed"])
+    sparsities = flags.rising_sparsities(usual["sparsities"])
+    linked = flags.decayed(usual["decayed"], len(sparsities))
     points = [f"{p:g}:M={m:g}" for p, m in zip(sparsities, linked, strict=True)]
     runs = []
     for seed in study.seeds:

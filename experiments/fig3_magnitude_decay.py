@@ -70,14 +70,15 @@ def outcome(run):
 def plan(study):
     """Returns the runs of all arms, each after the one that it begins with."""
     usual = SMOKE if FLAGS.smoke else {"constant": CONSTANT, "sparsities": SPARSITIES, "decayed": DECAYED}
-    sparsities, decayed = flags.decay(usual["sparsities"], usual["decayed"])
+    kinds, sparsities = flags.arms(ARMS, ARMS[:2]), flags.rising_sparsities(usual["sparsities"])
+    decayed = flags.decayed(usual["decayed"], len(sparsities)) if "decayed" in kinds else []
     constant = flags.magnitudes("magnitudes", usual["constant"])
     arms = {
         "constant": {flags.magnitude_name(m): [m] * len(sparsities) for m in constant},
         "decayed": {"decayed": decayed},
         "adaptive": {"adaptive": [0.0] * len(sparsities)},
     }
-    arms = {name: arm for kind in flags.arms(ARMS, ARMS[:2]) for name, arm in arms[kind].items()}
+    arms = {name: arm for kind in kinds for name, arm in arms[kind].items()}
     is_papers = sparsities == list(usual["sparsities"])
     runs, first = [], {}
     for seed in study.seeds:

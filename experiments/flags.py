@@ -299,15 +299,20 @@ def step():
     return 0.5 if FLAGS.step is None else FLAGS.step
 
 
-def decay(usual_sparsities, usual_magnitudes):
-    """Returns the pruning ratios, from 0 on, and the magnitude at each: of the flags, or the usual ones."""
-    ratios = sparsities(usual_sparsities)
+def rising_sparsities(default):
+    """Returns the pruning ratios of the flag, from 0 on, or the default."""
+    ratios = sparsities(default)
     if ratios[0] != 0 or ratios != sorted(set(ratios)):
         raise ValueError(f"--sparsities must rise from 0, the dense network. Received: {FLAGS.sparsities}.")
-    decayed = magnitudes("decayed", usual_magnitudes, len(ratios))
-    if None in decayed:
+    return ratios
+
+
+def decayed(default, count):
+    """Returns the magnitude at each of so many pruning ratios, of the flag, or the default."""
+    chosen = magnitudes("decayed", default, count)
+    if None in chosen:
         raise ValueError(f"--decayed must be numbers: none cannot be weakened to. Received: {FLAGS.decayed}.")
-    return ratios, decayed
+    return chosen
 
 
 def magnitude_name(magnitude):

@@ -514,6 +514,14 @@ def test_arms_are_one_network_while_their_magnitudes_are_the_same(tmp_path):
     assert {run.path for run in planned} == {None}  # the paper's
 
 
+def test_constant_arms_alone_ask_for_no_decayed_magnitudes_at_other_ratios(tmp_path):
+    with flagsaver.flagsaver():
+        given = ["--dataset=digits", f"--results={tmp_path}/rows.jsonl", "--seeds=0", "--arms=constant"]
+        absl_flags.FLAGS(["test", *given, "--sparsities=0,.9", "--magnitudes=14"])
+        planned = fig3.plan(fig3.flags.Study("fig3", takes=("sparsities", "magnitudes", "arms"), carrier="wrapper"))
+    assert [(run.arm, run.sparsity) for run in planned] == [("M=14", 0.0), ("M=14", 0.9)]
+
+
 def test_draws_of_figure_3_are_those_of_its_published_rows(tmp_path):
     if training.keras.backend.backend() == "torch":
         pytest.skip("the rows were made on TensorFlow; Keras takes no such seeds on Torch")
