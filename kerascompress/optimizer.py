@@ -48,7 +48,7 @@ class PruningOptimizer(keras.optimizers.Optimizer):
         scope, block_size, block_pooling_type, sparsity_m_by_n: See `PruneLowMagnitude`.
         allow: `allow(variable) -> bool` chooses the kernels among the trainable variables. By default those that Keras
             names so (`kernel`, `embeddings`, `depthwise_kernel`, `pointwise_kernel`, `recurrent_kernel`), of rank 2 and
-            more; a warning names others, where they are more than a twentieth of all weights.
+            more; a warning names others, where they are more than a tenth of all weights.
         name: Of the optimizer.
 
     Attributes:
@@ -288,7 +288,7 @@ def _warn_of_dense_weights(variables, kernels) -> None:
     known = {id(kernel) for kernel in kernels}
     dense = [each for each in variables if len(each.shape) > 1 and id(each) not in known and each.name != "bias"]
     share = sum(math.prod(each.shape) for each in dense) / sum(math.prod(each.shape) for each in variables)
-    if share > 0.05:
+    if share > 0.1:
         warnings.warn(
             f"{share:.1%} of the weights stay dense, as they are not named as kernels are: "
             f"{[(each.path, tuple(each.shape)) for each in dense]}. Choose yourself: `allow=lambda variable: ...`.",
