@@ -37,7 +37,7 @@ OURS = ("decayed", "linked", "inherit", "teacher filter")  # the paper's own arm
 COLOURS = ["#999999", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#000000"]
 STYLES = cycler.cycler(linestyle=["-", "--", ":"]) * cycler.cycler(color=COLOURS, marker=list("so^vDPX"))
 PAPER = {0.0: 14, 0.2: 12, 0.4: 8, 0.6: 4}  # its optimal magnitudes: ResNet-20, CIFAR-100
-STAND_OUT = {"color": "#0072B2", "marker": "*", "markersize": 10, "linewidth": 2.5, "zorder": 3}
+STAND_OUT = {"color": "#0072B2", "marker": "*", "linestyle": "-", "markersize": 10, "linewidth": 2.5, "zorder": 3}
 
 
 def settings(rows):
