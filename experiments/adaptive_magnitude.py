@@ -24,6 +24,7 @@ The arms, beside the constants:
 With --teacher, every arm is a student of that teacher, as in Figure 7 without selection (not held-* and entropy*).
 """
 
+import dataclasses
 import re
 
 import keras
@@ -162,6 +163,8 @@ def distilled(around):
 
 
 def outcome(run):
+    if is_none(run):
+        return outcome(run.after)
     net = training.build_model(run)
     if run.arm == "teacher":
         return training.trained(run, net)
@@ -178,6 +181,11 @@ def outcome(run):
 def line(sparsity):
     magnitude = round(14.6 - 17 * sparsity, 2)
     return magnitude if magnitude >= 0 else None
+
+
+def is_none(run):
+    """Whether the line has come below 0: the same training as without RandAugment, which the run comes after."""
+    return run.arm == "line" and run.magnitude is None
 
 
 def settings(arm, sparsity):
@@ -205,19 +213,21 @@ def plan(study):
         common = {"seed": seed, "teacher": key}
         dense = study.run(arm=flags.magnitude_name(DENSE), sparsity=0.0, magnitude=DENSE, **common)
         for p in flags.sparsities(usual["sparsities"]):
+            none = study.run(sparsity=p, arm="none", magnitude=None, after=teacher, **common)
             keys = [{"arm": name, "magnitude": m} for name, m in constant.items()] + [settings(arm, p) for arm in arms]
-            planned += [
-                study.run(sparsity=p, after=dense if each["arm"].startswith("held") else teacher, **each, **common)
-                for each in keys
-            ]
+            for run in (study.run(sparsity=p, after=teacher, **each, **common) for each in keys):
+                changes = {"after": dense} if run.arm.startswith("held") else {}
+                changes |= {"after": none, "work": 0} if is_none(run) else {}
+                planned.append(dataclasses.replace(run, **changes))
     return planned
 
 
 def of_figure_1(rows, run):
     """Returns the row of the same training among those of Figure 1, or None; looking more often changes no training."""
-    key = {name: value for name, value in run.key.items() if name not in ("figure", "evaluate_every")}
+    same = run.after if is_none(run) else run
+    key = {name: value for name, value in same.key.items() if name not in ("figure", "evaluate_every")}
     row = next((row for row in rows if key.items() <= (runs.BEFORE | row).items()), None)
-    return row and row | {name: run.key[name] for name in ("figure", "evaluate_every")}
+    return row and row | {name: run.key[name] for name in ("figure", "evaluate_every", "arm")}
 
 
 def main(_):

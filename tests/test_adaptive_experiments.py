@@ -51,6 +51,21 @@ def test_constants_of_figure_1_are_taken_from_its_rows_whatever_its_looks(tmp_pa
     assert [row["test_last"] for row in [*given, *taken]] == [row["test_last"] for row in alone]
 
 
+def test_where_the_line_is_below_zero_it_is_what_was_trained_without_augmentation(
+    tmp_path, small, smoke_run, monkeypatch
+):
+    trained, fitted = [], training._fit
+    monkeypatch.setattr(training, "_fit", lambda run, *args: trained.append(run.arm) or fitted(run, *args))
+    rows = smoke_run(study, tmp_path, arms="line", sparsities="0.9", magnitudes="none,9")
+    none, _, line = sorted(rows, key=lambda row: ("none", "M=9", "line").index(row["arm"]))
+    assert line == none | {"arm": "line"}
+    assert sorted(trained) == ["M=9", "none"]
+    taken = smoke_run(
+        study, tmp_path / "taken", constants=tmp_path / "rows.jsonl", arms="line", sparsities="0.9", magnitudes="none"
+    )
+    assert taken == []  # nothing was left to train
+
+
 def test_a_distilled_student_finds_its_magnitude_too(tmp_path, small, smoke_run):
     arms = {"arms": "gap=-0.9,trivial", "sparsities": "0", "magnitudes": "none", "teacher": "resnet8w8"}
     rows = smoke_run(study, tmp_path, **arms)
