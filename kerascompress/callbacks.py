@@ -124,6 +124,7 @@ class UpdatePruningStep(StepCallback):
             wrapper.sync_step()  # a callback after this one may have restored weights
         super()._rebase()
         self._then = self._base
+        self._apart = {id(wrapper): max(wrapper.step, 0) - self._base for wrapper in self._driven()}
 
     def on_step(self, step):
         updates, self._then = step - self._then, step
@@ -139,10 +140,11 @@ class UpdatePruningStep(StepCallback):
     def on_epoch_end(self, epoch=-1, logs=None, *, batch=-1):
         super().on_epoch_end(epoch, logs)
         _ = self.model  # on JAX: brings the state back before it is changed
-        ahead = self._recount()
+        counted, ahead = self._then, self._recount()
         self._then -= ahead
         for wrapper in self._driven():
-            wrapper.step -= ahead
+            if wrapper.step == counted + self._apart.get(id(wrapper), 0):  # nobody has restored another step meanwhile
+                wrapper.step -= ahead
             wrapper.settle()
         self._read = _clock(self.model)
 
