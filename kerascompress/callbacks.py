@@ -12,6 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from kerascompress import graph
 from kerascompress.augment import check_driven, check_in_model
 from kerascompress.pruning import pruning_vars, sparsity
 from kerascompress.schedules import last_due, warn_if_not_begun
@@ -59,6 +60,7 @@ class StepCallback(keras.callbacks.Callback):
         self._is_open = False
         self._batches += done
         self.on_step(self._base + self._batches // self._accumulation)
+        graph.keep_assigned(self._model)
 
     def on_epoch_end(self, epoch=-1, logs=None, *, batch=-1):
         if self._is_open:

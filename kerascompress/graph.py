@@ -58,6 +58,17 @@ def forget_losses(layer: keras.Layer) -> None:
     layer._clear_losses()
 
 
+def keep_assigned(model: keras.Model) -> None:
+    """Lets what a callback has assigned after a batch last, also if no batch follows.
+
+    On JAX, Keras finds out that data of unknown size have run out when it has taken the state of the model away for one
+    step more, and then goes back to what its last step returned.
+    """
+    if getattr(model, "_jax_state", None) and model._jax_state_synced:
+        values = model._get_jax_state(**dict.fromkeys(model._jax_state, True))
+        model._jax_state = dict(zip(model._jax_state, values, strict=True))
+
+
 def metrics(model: keras.Model) -> list[Any]:
     """What a model measures: metrics, and those that it was compiled with as they were given, functions and names too.
 

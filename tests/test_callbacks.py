@@ -251,8 +251,6 @@ def test_weights_that_have_diverged_are_named_when_masks_are_due():
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
 @pytest.mark.parametrize("size", ["known", "unknown"])
 def test_an_execution_that_an_epoch_cuts_short_counts_the_steps_that_it_has(size):
-    if size == "unknown" and keras.backend.backend() == "jax":
-        pytest.skip("Keras loses on JAX what a callback assigned before the data ran out")
     pruned = kc.prune_low_magnitude(net(), kc.ConstantSparsity(0.5, 0, frequency=5))
     pruned.compile("sgd", LOSS, steps_per_execution=1 if keras.backend.backend() == "torch" else 4)
     batches, steps = tf.data.Dataset.from_tensor_slices(data(24)).batch(4), Steps()
@@ -263,3 +261,14 @@ def test_an_execution_that_an_epoch_cuts_short_counts_the_steps_that_it_has(size
     assert wrapper.stored_step() == int(keras.ops.convert_to_numpy(pruned.optimizer.iterations)) == 18
     if size == "known" and keras.backend.backend() != "torch":
         assert steps.seen == [0, 4, 6, 10, 12, 16, 18]
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+def test_a_magnitude_assigned_after_the_last_batch_of_data_of_unknown_size_stays():
+    augment = kc.RandAugment(14, seed=0)
+    model = keras.Sequential([keras.Input((8, 8, 3)), augment, net()])
+    model.compile("sgd", LOSS)
+    batches = tf.data.Dataset.from_tensor_slices(data(12)).batch(4).filter(lambda *_: True)
+    weaken = kc.MagnitudeScheduler(augment, lambda step: 14 if step < 3 else 4)
+    model.fit(batches, verbose=0, shuffle=False, callbacks=[weaken])
+    assert float(keras.ops.convert_to_numpy(augment.magnitude)) == 4
