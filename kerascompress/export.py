@@ -316,6 +316,12 @@ def _named(outputs) -> dict[str, np.ndarray]:
 def _batches(model, images) -> list[np.ndarray]:
     """A batch for each input of the model: what was given, or random ones."""
     names, shapes = _input_names(model), _shapes(model)
+    if strings := [name for name, each in zip(names, model.inputs, strict=True) if each.dtype == "string"]:
+        raise ValueError(
+            "An exported network takes numbers. "
+            f"Received: {model.name!r}, whose inputs {strings} are strings. Export the network behind the layer that "
+            "turns them into numbers, such as `TextVectorization`: with an `Input` of its own, the first call on it."
+        )
     if images is None:
         random = np.random.default_rng(0)
         sizes = [[size or (32 if axis else 4) for axis, size in enumerate(shape)] for shape in shapes]

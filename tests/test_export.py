@@ -520,7 +520,7 @@ class Subclassed(keras.Model):
 
 
 def bad_models():
-    first, second = keras.Input((3,)), keras.Input((3,))
+    first, second, text = keras.Input((3,)), keras.Input((3,)), keras.Input((), dtype="string")
     nan = keras.Sequential([keras.Input((3,)), keras.layers.Rescaling(math.nan)])
     subclassed = Subclassed()
     subclassed.build((None, 3))
@@ -530,6 +530,7 @@ def bad_models():
         (keras.Model([first, [second]], keras.layers.Add()([first, second])), "must be tensors, or a list or"),
         (keras.Model([first, keras.Input((3,), name="a b")], first), r"name of an input.*Received: \['a b'\]"),
         (nan, "not all finite.*as `images`"),
+        (keras.Model(text, keras.layers.Identity()(text)), r"takes numbers.*\['images'\] are strings"),
         ("resnet20", "Keras 3 model"),
     ]
 
