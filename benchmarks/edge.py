@@ -7,7 +7,7 @@ Two networks, MobileNetV2 (width 0.5, 96x96) and one of dense layers (32x32 pixe
 CIFAR-10 images. Each arm goes on from there for as many epochs, compressed in its way, and is exported to LiteRT; so
 all have seen the same number of epochs, and an int8 file has the weights of its float32 one. Accuracy is that of the
 exported file. Latency: one thread, batch 1, all files of a network taking turns. Needs `pip install
-kerascompress[litert]`. Prints tables, writes the same as JSON and as a chart.
+ai-edge-litert`. Prints tables, writes the same as JSON and as a chart.
 
 `train` takes some 20 minutes of processor time, on a busy machine too; networks and files are kept in the folder --out
 and not made again. `time` takes half a minute. `--smoke` does both in one or two minutes.

@@ -258,9 +258,7 @@ class _Ray(_Engine):
         try:
             import ray
         except ImportError as error:
-            raise ImportError(
-                f"--workers={workers} needs Ray, which is not there: pip install 'kerascompress[ray]'."
-            ) from error
+            raise ImportError(f"--workers={workers} needs Ray, which is not there: pip install ray.") from error
         self.ray = ray
         local = {"include_dashboard": False, "log_to_driver": False}
         ray.init(**local) if workers == "ray" else ray.init(workers)

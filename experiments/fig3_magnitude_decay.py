@@ -7,8 +7,8 @@ every ratio than each of these magnitudes held constant; (B) a higher constant m
 at high ones.
 
 Measured: with a network that overfits (1,000 images of CIFAR-10 at 16x16, ResNet-8, 100 epochs a stage), decayed beats
-none, is beaten by M = 9 and 14, and is not to be told from M = 4: at p = .9, mean ± std, decayed 49.73 ± 0.89 and M = 4
-50.15 ± 0.84 (n = 15), none 45.88 ± 0.77, M = 9 52.62 ± 0.20, M = 14 52.45 ± 1.16 (n = 5); at .97 whole layers are
+none, is beaten by M = 9 and 14, and cannot be told apart from M = 4: at p = .9, mean ± std, decayed 49.73 ± 0.89 and M
+= 4 50.15 ± 0.84 (n = 15), none 45.88 ± 0.77, M = 9 52.62 ± 0.20, M = 14 52.45 ± 1.16 (n = 5); at .97 whole layers are
 emptied and all arms are at 10 %. The dense network is best at M = 4. The rows are in results/small_fig3.jsonl. Neither
 claim holds for a network that underfits (ResNet-8, 1,500 images of CIFAR-10, 16 epochs a stage; 3 h on two cores). Test
 accuracy at p = .6, mean ± std (n = 3): decayed 54.32 ± 1.82, M = 14 52.55 ± 2.13, M = 4 56.42 ± 0.24, none 57.59 ±

@@ -160,9 +160,9 @@ class RandAugment(_Augmentation):
     """RandAugment in the model: every image draws operations and signs of its own, and the magnitude is live.
 
     An image draws `num_ops` rows of the table `OPS`, independently and with replacement. They are applied in that
-    order, each with the argument `argument * M / 30` of its row and a sign. Pixels are Pillow's, bit for bit. Active
-    where `training` is true, and in `tf.data` (TensorFlow backend only), where `dataset.map(augment)` takes images or
-    batches.
+    order, each with the argument `argument * M / 30` of its row and a sign. Pixels are Pillow's, bit for bit, but for
+    ties between two pixels in rotate and shear (at most 0.5 % of an image). Active where `training` is true, and in
+    `tf.data` (TensorFlow backend only), where `dataset.map(augment)` takes images or batches.
 
     XLA compiles it for every size of images and batches, so keep them few; sizes that a trace does not know are slower.
     On Torch, nothing is compiled: an operation runs once for the images that drew it.
@@ -175,8 +175,8 @@ class RandAugment(_Augmentation):
         num_ops: How many operations an image draws.
         ops: Names of `OPS`, or `Op` rows of your own; all of `OPS` by default.
         value_range: The values of black and white in the images: `(0, 255)`, `(0, 1)`, `(-1, 1)`. Float images are
-            rounded to the 256 levels in between. Images that are obviously on another scale are refused; in a step that
-            XLA has compiled, as `fit` on JAX and on GPUs, nothing can be, and they become NaN, and so does the loss.
+            rounded to the 256 levels in between. Images that are obviously on another scale are refused; in a step
+            compiled by XLA (`fit` on JAX, or on a GPU), they become NaN instead, and so does the loss.
         fill_value: What rotate, shear and translate show outside of the image, from 0 (black) to 255 (white), whatever
             `value_range` is.
         interpolation: `"nearest"`, as in the paper, or `"bilinear"`.
@@ -304,14 +304,15 @@ class RandAugment(_Augmentation):
 
 @keras.saving.register_keras_serializable("kerascompress")
 class RandomCrop(_Augmentation):
-    """Pads every image and crops it back to its size, at an offset of its own, as torchvision's RandomCrop does.
+    """Pads every image and crops it back to its size, at an offset of its own, as torchvision's RandomCrop.
 
     Active when `RandAugment` is. For the horizontal flip beside it, use `keras.layers.RandomFlip("horizontal")`.
 
     Args:
         padding: Pixels on each side.
         value_range: As for `RandAugment`: images on another scale are refused, or become NaN.
-        fill_value: What the padding shows, from 0 (black) to 255 (white), whatever `value_range` is.
+        fill_value: What the padding shows, from 0 (black, as torchvision) to 255 (white), whatever `value_range` is;
+            mid-grey by default.
         seed: Makes the draws reproducible.
 
     Call arguments:

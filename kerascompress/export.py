@@ -148,7 +148,7 @@ def export_litert(
         quantize: `None`, float32. `"float16"` halves the file. `"dynamic"` stores int8 kernels and computes with int8
             where it pays. `"int8"` computes everything with int8; inputs and outputs stay float32.
         latency_runs: How often the file, and the network as a plain float32 file, are timed in turns: at least 50, or 0
-            for not at all. Needs `pip install kerascompress[litert]`.
+            for not at all. Needs `pip install ai-edge-litert`.
         overwrite: Whether a file at `path`, and its report, may be replaced. It is replaced only by a verified one.
 
     Returns:

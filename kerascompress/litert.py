@@ -30,7 +30,7 @@ def check(quantize: Any, images: Any, latency_runs: int) -> None:
             f"Received: latency_runs={latency_runs}."
         )
     if latency_runs and not _has_litert():
-        raise ValueError("`latency_runs` needs LiteRT's own interpreter: `pip install kerascompress[litert]`.")
+        raise ValueError("`latency_runs` needs LiteRT's own interpreter: `pip install ai-edge-litert`.")
 
 
 def convert(saved_model: Path, quantize: str | None, samples: Callable[[], Any], *, sparse: bool) -> bytes:

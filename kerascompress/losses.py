@@ -38,7 +38,7 @@ def distillation_loss(teacher_logits, student_logits, temperature: float = 1.0):
 
 
 def select_candidates(teacher_loss, divergence, ce_weight: float = 1.0, kl_weight: float = 1.0):
-    """Equation 6: which candidate the teacher gets right, and the student still has to learn.
+    """Equation 6: the candidate that the teacher gets right and the student has yet to learn.
 
     `argmin over candidates of ce_weight * CE(teacher, label) - kl_weight * KL(teacher, student)`
 

@@ -82,7 +82,7 @@ def search_magnitude(
             number, higher is better, never from the test set. It also gets `epochs=` if `epochs` is given here, and
             `seed=` if `seeds` are. What the score is decides what is searched for, see `validation_score`: accuracy on
             clean images, as in Figure 1, or minus the cross-entropy on augmented images, as Equation 3 is printed. On
-            augmented images the task itself gets harder with M, and none is as easy as no RandAugment.
+            augmented images the task itself gets harder with M, and is easiest without RandAugment.
         magnitudes: To choose from, numbers in [0, 30].
         epochs: Of one whole training; needed for `halving`, and for the count of epochs.
         seeds: Every magnitude is trained with each; mean scores are compared. A difference that is smaller than the

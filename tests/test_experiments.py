@@ -141,7 +141,7 @@ def test_run_killed_in_a_pruning_stage_goes_on_to_the_same_result_bit_for_bit(tm
 def workers(request, monkeypatch):
     """Who carries runs out."""
     if request.param == "ray":
-        pytest.importorskip("ray", reason="needs Ray: pip install 'kerascompress[ray]'")
+        pytest.importorskip("ray", reason="needs Ray: pip install ray")
         monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # it warns of a change to come
         # how Ray starts its processes, of which JAX, having computed here, warns
         warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
@@ -222,7 +222,7 @@ def test_each_process_of_a_pool_has_a_gpu_or_its_share_of_one():
 @pytest.mark.once
 def test_ray_that_is_not_there_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ImportError, match=r"--workers=ray needs Ray.*kerascompress\[ray\]"):
+    with pytest.raises(ImportError, match=r"--workers=ray needs Ray.*pip install ray"):
         engine.carry_out([run_of(tmp_path)], fig1.outcome, workers="ray", results=tmp_path / "rows.jsonl")
 
 

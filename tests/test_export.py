@@ -369,7 +369,7 @@ def test_arguments_of_litert_that_are_not_allowed(tmp_path, settings, message):
 def test_without_litert_of_its_own_tensorflow_runs_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(litert, "_has_litert", lambda: False)
     assert export_litert(dense_network(), tmp_path / "net.tflite").max_error < 1e-5
-    with pytest.raises(ValueError, match=r"pip install kerascompress\[litert\]"):
+    with pytest.raises(ValueError, match="pip install ai-edge-litert"):
         export_litert(dense_network(), tmp_path / "other.tflite", latency_runs=50)
 
 
