@@ -213,11 +213,19 @@ CLAIMS = (
     Claim("small_fig7", "the teacher's filter beats random magnitudes", "7",
           leads("teacher filter", "random", STUDENTS)),
     Claim("small_fig7", "it beats the tuned magnitude", "7", over_tuned),
-    Claim("small_fig7", "its cross-entropy alone beats random (+0.59)", "7",
+    Claim("small_fig7", "its cross-entropy alone beats random (by 0.59)", "7",
           leads("(a) cross-entropy alone", "random", STUDENTS)),
-    Claim("small_fig7", "random beats the divergence alone (+1.24)", "7",
+    Claim("small_fig7", "random beats the divergence alone (by 1.24)", "7",
           leads("random", "(b) divergence alone", STUDENTS)),
 )  # fmt: skip
+
+
+def by_ratio(made, text):
+    """Returns what a text says of each verdict, once for all of which it says the same, with their ratios."""
+    labels = collections.defaultdict(list)
+    for verdict in made:
+        labels[text(verdict)].append(verdict.label)
+    return "; ".join(each + (f" at {', '.join(of)}" if len(labels) > 1 else "") for each, of in labels.items())
 
 
 def table():
@@ -228,14 +236,7 @@ def table():
         path = RESULTS / f"{claim.study}.jsonl"
         made = verdicts(claim, runs.read_rows(path)) if path.exists() else []
         if made:
-            of_words = collections.defaultdict(list)
-            for verdict in made:
-                of_words[verdict.word].append(verdict)
-            found = (
-                f"**{word}**" + (f" at {', '.join(verdict.label for verdict in some)}" if len(of_words) > 1 else "")
-                for word, some in of_words.items()
-            )
-            counts = dict.fromkeys(str(verdict.n) for verdict in made)
             numbers = "; ".join(verdict.text for verdict in made)
-            lines.append([claim.paper, claim.where, numbers, ", ".join(counts), "; ".join(found)])
+            counts, words = by_ratio(made, lambda each: str(each.n)), by_ratio(made, lambda each: f"**{each.word}**")
+            lines.append([claim.paper, claim.where, numbers, counts, words])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
