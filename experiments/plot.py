@@ -33,6 +33,11 @@ SETTING = ("dataset", "model", "train_images", "epochs", "batch_size", "learning
 SETTING += ("strong", "teacher", "image_size", "schedule", "carrier", "evaluate_every")
 SETTING += ("content", "augment_in", "crop_area")  # of images in files
 OURS = ("decayed", "linked", "inherit", "teacher filter")  # the paper's own arms stand out
+BASELINES = {  # of Figures 4 and 6, the same in both
+    "baseline-a": {"color": "#D55E00", "marker": "D", "linestyle": "-"},
+    "baseline-a, equal epochs": {"color": "#E69F00", "marker": "v", "linestyle": "-"},
+    "baseline-b": {"color": "#009E73", "marker": "^", "linestyle": "-"},
+}
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the marker says it again.
 COLOURS = ["#999999", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#000000"]
 STYLES = cycler.cycler(linestyle=["-", "--", ":"]) * cycler.cycler(color=COLOURS, marker=list("so^vDPX"))
@@ -118,11 +123,12 @@ def markdown(rows, accuracy):
 
 
 def lines(axes, arms):
-    """Draws accuracy over the pruning ratio, a line an arm."""
+    """Draws accuracy over the pruning ratios, at equal distances, a line an arm."""
+    ratios = sorted({p for cells in arms.values() for p in cells})
     for i, (arm, cells) in enumerate(arms.items()):
-        apart = 0.006 * (i - (len(arms) - 1) / 2)  # side by side, to keep the error bars apart
-        points(axes, arm, [p + apart for p in cells], cells.values())
-    axes.set_xticks(sorted({p for cells in arms.values() for p in cells}))
+        apart = 0.05 * (i - (len(arms) - 1) / 2)  # side by side, to keep the error bars apart
+        points(axes, arm, [ratios.index(p) + apart for p in cells], cells.values())
+    axes.set_xticks(range(len(ratios)), [f"{p:g}" for p in ratios])
     axes.set_xlabel("pruning ratio p")
 
 
@@ -170,7 +176,7 @@ def draw(figure, rows):
         wrapped = (textwrap.fill(line, 64) for line in title(panel).splitlines())
         axes.set_title("\n".join(wrapped), fontsize="medium")
         axes.grid(alpha=0.3)
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, title="mean ± std", alignment="left")
     return canvas
 
 
@@ -206,7 +212,7 @@ def points(axes, arm, x, cells, **style):
         [np.nan if deviation is None else deviation for deviation in deviations],  # no bar for one seed
         capsize=3,
         label=f"{arm} (n = {'–'.join(map(str, sorted({min(counts), max(counts)})))})",
-        **(STAND_OUT if arm in OURS else {}) | style,
+        **(STAND_OUT if arm in OURS else BASELINES.get(arm, {})) | style,
     )
 
 
