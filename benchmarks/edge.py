@@ -174,6 +174,12 @@ def table(rows):
     return "\n".join(lines)
 
 
+def is_near(one, other, rows):
+    """Whether the labels of two points would lie upon each other."""
+    spans = ((name, np.ptp([row[name] for row in rows])) for name in ("median", "accuracy"))
+    return one is not other and all(abs(one[name] - other[name]) < 0.15 * span for name, span in spans)
+
+
 def chart(by_network, path):
     import matplotlib
 
@@ -183,11 +189,14 @@ def chart(by_network, path):
     figure, panels = plt.subplots(1, len(by_network), figsize=(7 * len(by_network), 4.5), layout="constrained")
     for axes, (name, rows) in zip(np.atleast_1d(panels), by_network.items(), strict=True):
         for row in rows:
-            area = 400 * row["gzip_bytes"] / rows[0]["gzip_bytes"]
-            axes.scatter(row["median"], 100 * row["accuracy"], area, alpha=0.7, label=row["arm"])
-        legend = axes.legend(fontsize=8, markerscale=1)
-        for handle in legend.legend_handles:
-            handle.set_sizes([40])
+            at, area = (row["median"], 100 * row["accuracy"]), 400 * row["gzip_bytes"] / rows[0]["gzip_bytes"]
+            axes.scatter(*at, area, alpha=0.7)
+            below = any((other["median"], 100 * other["accuracy"]) < at and is_near(other, row, rows) for other in rows)
+            axes.annotate(
+                row["arm"], at, (0, -24 if below else 18), textcoords="offset points", ha="center", fontsize=8
+            )
+        axes.margins(0.15)
+        name = name.replace("_", " ")
         axes.set(title=f"{name}: area is the size after gzip", xlabel="ms, one thread, batch 1", ylabel="accuracy, %")
     figure.savefig(path, dpi=120)
 
