@@ -54,6 +54,8 @@ def plan(study):
     """Returns the runs: at each ratio, without RandAugment, strong, and linked to the sparsity."""
     usual = SMOKE if FLAGS.smoke else {"sparsities": SPARSITIES, "decayed": LINKED}
     sparsities = flags.rising_sparsities(usual["sparsities"])
+    if len(sparsities) < 2:
+        raise ValueError(f"--sparsities needs two ratios or more to compare. Received: {sparsities}.")
     linked = flags.decayed(usual["decayed"], len(sparsities))
     points = [f"{p:g}:M={m:g}" for p, m in zip(sparsities, linked, strict=True)]
     runs = []

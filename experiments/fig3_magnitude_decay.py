@@ -109,12 +109,14 @@ def main(_):
         "fig3", takes=("sparsities", "magnitudes", "decayed", "arms", "step", "export"), carrier="wrapper"
     )
     runs = plan(study)
+    follow = [run for run in runs if run.arm in ("decayed", "adaptive") and run.seed == study.seeds[0]]
+    if FLAGS.export and not follow:
+        raise ValueError(f"--export needs the arm decayed or adaptive. Received: --arms={','.join(FLAGS.arms)}.")
     plot.show("fig3", study.carry_out(runs, outcome), study.out)
     if FLAGS.export and pathlib.Path(FLAGS.export).exists():
         print(f"SavedModel: {FLAGS.export} is there already and stays as it is.")
     elif FLAGS.export:
-        last = next(run for run in reversed(runs) if run.arm == runs[-1].arm and run.seed == study.seeds[0])
-        print(f"SavedModel: {FLAGS.export}\n{kc.export_saved_model(network(last)[0], FLAGS.export)}")
+        print(f"SavedModel: {FLAGS.export}\n{kc.export_saved_model(network(follow[-1])[0], FLAGS.export)}")
 
 
 if __name__ == "__main__":

@@ -114,8 +114,10 @@ def after_its_dense_network(run):
 
 def main(_):
     study = flags.Study("fig4", takes=("arms", "augment_in", "sparsities", "strong", "weak"))
-    if study.epochs % 2:
-        raise ValueError(f"`epochs` must be even: one arm halves them. Received: epochs={study.epochs}.")
+    arms = flags.arms(ARMS, SMOKE["arms"] if FLAGS.smoke else PAPERS)
+    halved = [arm for arm in arms if any(part % 1 for part in ARMS[arm][1])]
+    if study.epochs % 2 and halved:
+        raise ValueError(f"--epochs must be even: {halved} halve them. Received: --epochs={study.epochs}.")
     sparsities = flags.sparsities(SMOKE["sparsities"] if FLAGS.smoke else WEAK)
     weak = flags.magnitudes("weak", [WEAK[p] for p in sparsities if p in WEAK], len(sparsities))
     strong = STRONG if FLAGS.strong is None else FLAGS.strong
@@ -123,7 +125,7 @@ def main(_):
         study.run(arm=arm, sparsity=p, magnitude=strong if arm == "scratch, strong" else m, strong=strong, seed=seed)
         for seed in study.seeds
         for p, m in zip(sparsities, weak, strict=True)
-        for arm in flags.arms(ARMS, SMOKE["arms"] if FLAGS.smoke else PAPERS)
+        for arm in arms
     ]
     plot.show("fig4", study.carry_out([after_its_dense_network(run) for run in runs], outcome), study.out)
 

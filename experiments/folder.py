@@ -90,7 +90,9 @@ def write_labels(found, results):
     )
     path = results.with_name(f"{results.stem}_{found.content.split()[-1]}_labels.txt")
     if not path.exists():
-        path.write_text(text)
+        partial = path.with_name(f"{path.name}.{os.getpid()}")
+        partial.write_text(text)
+        partial.replace(path)
     return path
 
 

@@ -32,6 +32,7 @@ absl_flags.DEFINE_boolean("all", False, "Draw all files of rows in experiments/r
 SETTING = ("dataset", "model", "train_images", "epochs", "batch_size", "learning_rate", "smoke", "augmenter")
 SETTING += ("strong", "teacher", "image_size", "schedule", "carrier", "evaluate_every")
 SETTING += ("content", "augment_in", "crop_area")  # of images in files
+CELL = ("magnitude", "path", "target", "step")  # what rows of one arm and ratio have in common
 OURS = ("decayed", "linked", "inherit", "teacher filter")  # the paper's own arms stand out
 BASELINES = {  # of Figures 4 and 6, the same in both
     "baseline-a": {"color": "#D55E00", "marker": "D", "linestyle": "-"},
@@ -80,12 +81,14 @@ def statistics(rows, accuracy):
     None and the constant magnitudes come first, by size; the other arms in the rows' order.
     """
     table = collections.defaultdict(lambda: collections.defaultdict(list))
-    magnitudes = {}
+    keys = {}
     for row in sorted(rows, key=lambda row: claims.constant(row["arm"])):
         cell = row["arm"], row["sparsity"]
-        if magnitudes.setdefault(cell, row.get("magnitude")) != row.get("magnitude"):
+        key = [(runs.BEFORE | row).get(name) for name in CELL]
+        if keys.setdefault(cell, key) != key:
             raise ValueError(
-                f"Rows of one arm and ratio, {cell}, have several magnitudes. Give each a file of its own."
+                f"Rows of one arm and ratio, {cell}, differ in {', '.join(CELL)}: {keys[cell]} and {key}. Give each a "
+                "file of its own."
             )
         table[row["arm"]][row["sparsity"]].append(100 * row[accuracy])
     return {
@@ -182,7 +185,7 @@ def draw(figure, rows):
 
 def magnitudes(rows):
     """Returns a figure of M over the epochs: a panel for each rule that moves it, a line for each ratio."""
-    arms = list(dict.fromkeys(row["arm"] for row in rows if "magnitudes" in row))
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
     ratios = sorted({row["sparsity"] for row in rows})
     figure = matplotlib.figure.Figure(figsize=(4.2 * len(arms), 3.6), layout="constrained", dpi=150)
     figure.suptitle(title(rows), fontsize="medium")
@@ -228,9 +231,10 @@ def show(figure, rows, out):
             path = out.with_stem(f"{out.stem}_validation") if choosing else out
             draw(figure, some).savefig(path)
             print(f"Figure: {path}")
-    if figure == "adaptive" and any("magnitudes" in row for row in rows):
-        path = out.with_stem(f"{out.stem}_magnitudes")
-        magnitudes(rows).savefig(path)
+    moving = settings(row for row in rows if figure == "adaptive" and "magnitudes" in row)
+    for i, panel in enumerate(moving.values()):
+        path = out.with_stem(f"{out.stem}_magnitudes{i + 1 if len(moving) > 1 else ''}")
+        magnitudes(panel).savefig(path)
         print(f"Magnitudes: {path}")
 
 

@@ -284,7 +284,9 @@ class RandAugment(_Augmentation):
         """Returns the magnitude of every image of a batch, float32 `(batch,)`: drawn, if it is a pair."""
         if self.magnitude.shape != (2,):
             return kops.broadcast_to(kops.convert_to_tensor(self.magnitude), (batch,))
-        share = rounds.draw(lambda shape: keras.random.uniform(shape, seed=self.seed_generator), (batch,))
+        share = rounds.draw(
+            lambda shape: keras.random.uniform(shape, dtype="float32", seed=self.seed_generator), (batch,)
+        )
         return self.magnitude[0] + (self.magnitude[1] - self.magnitude[0]) * share
 
     def get_config(self) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class StepCallback(keras.callbacks.Callback):
     _is_open = False  # between the begin and the end of a batch
 
     def on_step(self, step: int) -> None:
-        """Called with the updates done: when training begins, then after every call of the train step."""
+        """Called with the updates done: when training begins, or another step was restored; after every train step."""
 
     def on_train_begin(self, logs=None):
         self._rebase()
@@ -45,7 +45,10 @@ class StepCallback(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch=-1, logs=None, *, batch=-1):
         self._batches_of_epoch = 0
         if _clock(self.model) != self._read:  # it moved; if not, the optimizer that trains is not the model's own
+            counted = self._base + self._batches // self._accumulation
             self._rebase()
+            if self._base != counted:  # a callback has restored another step
+                self.on_step(self._base)
 
     def on_train_batch_begin(self, batch=-1, logs=None):
         if self._is_open:
@@ -112,18 +115,20 @@ class UpdatePruningStep(StepCallback):
     """
 
     def on_train_begin(self, logs=None):
-        self._groups: dict[Any, list[PruneLowMagnitude]] = {}
-        for wrapper in wrappers_in(self.model):
+        self._wrappers = list(wrappers_in(self.model))
+        for wrapper in self._wrappers:
             wrapper._is_driven = True
-            self._groups.setdefault(_group(wrapper), []).append(wrapper)
-        if not self._groups:
+        if not self._wrappers:
             warnings.warn(f"`UpdatePruningStep`: model {self.model.name!r} has no pruned layer to drive.", stacklevel=2)
         self._execution = getattr(self.model, "steps_per_execution", 1)
         super().on_train_begin(logs)
 
     def _rebase(self):
-        for wrapper in self._driven():
-            wrapper.sync_step()  # a callback after this one may have restored weights
+        self._groups: dict[Any, list[PruneLowMagnitude]] = {}
+        for wrapper in self._wrappers:
+            if wrapper.built:
+                wrapper.sync_step()  # weights were loaded, or restored by a callback after this one
+            self._groups.setdefault(_group(wrapper), []).append(wrapper)
         super()._rebase()
         self._then = self._base
         self._apart = {id(wrapper): max(wrapper.step, 0) - self._base for wrapper in self._driven()}
@@ -156,7 +161,7 @@ class UpdatePruningStep(StepCallback):
             warn_if_not_begun(wrappers[0].pruning_schedule, wrappers[0].step)
 
     def _driven(self):
-        return [wrapper for wrappers in self._groups.values() for wrapper in wrappers if wrapper.built]
+        return [wrapper for wrapper in self._wrappers if wrapper.built]
 
     def _follow(self, wrappers, last: int, now: int) -> None:
         """Updates the masks if a scheduled step lies in (last, now], and zeroes what is masked."""
@@ -211,8 +216,11 @@ class MagnitudeScheduler(StepCallback):
 
     def on_train_begin(self, logs=None):
         check_in_model(self.augment, self.model)
-        self._assigned = None  # somebody else may have assigned since the last fit
         super().on_train_begin(logs)
+
+    def _rebase(self):
+        self._assigned = None  # somebody else may have assigned or restored one
+        super()._rebase()
 
     def on_step(self, step: int) -> None:
         magnitude = float(self.schedule(step))

@@ -173,7 +173,8 @@ def validation_score(
         images: `(batch, height, width, channels)`, held out from training.
         labels: int `(batch,)` or `(batch, 1)`.
         augment: A layer that is called with `training=True`, such as `RandAugment` at the magnitude of the training.
-            Give it a fixed seed, so that all networks are scored on the same draws. `None` is clean images.
+            Make it anew with a fixed seed for each call, so that all networks are scored on the same draws. `None` is
+            clean images.
         metric: `"accuracy"`, in [0, 1], or `"cross_entropy"`, minus its mean over the images, in nats.
         batch_size: Images at a time.
 
@@ -234,7 +235,8 @@ class _Trials:
             key = (magnitude, budget, seed)
             settings = {name: value for name, value in (("epochs", budget), ("seed", seed)) if value is not None}
             if key not in self.known:
-                self.known[key] = _number(self.train_and_score(magnitude, **settings), magnitude)
+                score = _number(self.train_and_score(magnitude, **settings), magnitude)
+                self.known |= _load(self.file) | {key: score}  # another search may have written meanwhile
                 _save(self.file, self.known)
             score = self.scores[key] = self.known[key]
             if self.planned:
@@ -321,6 +323,6 @@ def _save(file: str | os.PathLike | None, known: dict[Key, float]) -> None:
     ]
     path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = path.with_name(path.name + ".part")  # a crash while it is written leaves the scores before it
+    whole = path.with_name(f"{path.name}.{os.getpid()}.part")  # a crash while it is written leaves the scores before it
     whole.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     whole.replace(path)

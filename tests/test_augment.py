@@ -123,6 +123,16 @@ def test_a_magnitude_per_image_may_be_passed():
     np.testing.assert_array_equal(scalar, images & 0xF0)
 
 
+def test_a_magnitude_is_drawn_at_any_default_precision():
+    before = keras.config.floatx()
+    keras.config.set_floatx("float64")
+    try:
+        layer = RandAugment(magnitude=(0, 30), ops=["Posterize"])
+        assert layer.draw_magnitude(2).shape == (2,)
+    finally:
+        keras.config.set_floatx(before)
+
+
 def test_the_magnitude_pair_is_live_too():
     layer = RandAugment(magnitude=(0, 30), num_ops=1, ops=["Posterize"])
     layer.magnitude.assign([30.0, 30.0])

@@ -272,3 +272,39 @@ def test_a_magnitude_assigned_after_the_last_batch_of_data_of_unknown_size_stays
     weaken = kc.MagnitudeScheduler(augment, lambda step: 14 if step < 3 else 4)
     model.fit(batches, verbose=0, shuffle=False, callbacks=[weaken])
     assert float(keras.ops.convert_to_numpy(augment.magnitude)) == 4
+
+
+def test_loaded_layers_that_stand_at_different_steps_go_on_from_their_own(tmp_path):
+    schedule = kc.PolynomialDecay(0.0, 0.8, begin_step=0, end_step=10, frequency=1, power=1)
+
+    def fit(model, batches):
+        model.compile("sgd", "mse")
+        x, y = np.ones((4 * batches, 8)), np.ones((4 * batches, 2))
+        model.fit(x, y, batch_size=4, verbose=0, callbacks=[kc.UpdatePruningStep()])
+        return [layer.stored_step() for layer in model.layers]
+
+    back = kc.PruneLowMagnitude(layers.Dense(6, name="back"), schedule)
+    fit(keras.Sequential([keras.Input((8,)), back, kc.PruneLowMagnitude(layers.Dense(2), schedule)]), 6)
+    model = keras.Sequential([keras.Input((8,)), back, kc.PruneLowMagnitude(layers.Dense(2, name="head"), schedule)])
+    assert fit(model, 2) == [8, 2]
+    model.save(tmp_path / "net.keras")
+    assert fit(keras.saving.load_model(tmp_path / "net.keras"), 1) == [9, 3]
+
+
+class Restore(keras.callbacks.Callback):
+    """Sets the updates done, as `BackupAndRestore` does."""
+
+    def on_train_begin(self, logs=None):
+        self.model.optimizer.iterations.assign(20)
+
+
+def test_the_magnitude_is_that_of_a_restored_step_before_the_first_batch():
+    augment, seen = kc.RandAugment(0, seed=0), []
+    model = keras.Sequential([keras.Input((8, 8, 3)), net()])
+    model.compile("sgd", LOSS)
+    weaken = kc.MagnitudeScheduler(augment, lambda step: 14 if step < 20 else 4)
+    look = keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda batch, logs: seen.append(float(keras.ops.convert_to_numpy(augment.magnitude)))
+    )
+    model.fit(*data(16), batch_size=8, verbose=0, callbacks=[weaken, Restore(), look])
+    assert seen == [4, 4]

@@ -33,7 +33,12 @@ def test_the_magnitude_follows_the_sparsity_and_the_sentence_says_what_strength_
 
 @pytest.mark.once
 @pytest.mark.parametrize(
-    ("changes", "message"), [({"sparsities": ".6,.9"}, "must rise from 0"), ({"decayed": "none,4"}, "must be numbers")]
+    ("changes", "message"),
+    [
+        ({"sparsities": ".6,.9"}, "must rise from 0"),
+        ({"sparsities": "0"}, "needs two ratios"),
+        ({"decayed": "none,4"}, "must be numbers"),
+    ],
 )
 def test_impossible_settings_are_errors_before_any_training(tmp_path, smoke_run, changes, message):
     with pytest.raises(ValueError, match=message):

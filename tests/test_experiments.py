@@ -470,6 +470,8 @@ def test_every_flag_of_the_script_and_of_all_scripts_is_explained(figure):
 
 @pytest.mark.once
 def test_a_flag_that_a_figure_has_no_use_for_is_refused(tmp_path, smoke_run):
+    with pytest.raises(ValueError, match="--export needs the arm decayed or adaptive"):
+        smoke_run(fig3, tmp_path, export=tmp_path / "net", arms="constant")
     with pytest.raises(ValueError, match="--export is no flag of fig1"):
         smoke_run(fig1, tmp_path, export=tmp_path / "net")
 

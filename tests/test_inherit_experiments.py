@@ -209,7 +209,7 @@ def test_run_killed_in_its_last_stage_goes_on_to_the_same_result_bit_for_bit(
 @pytest.mark.parametrize(
     ("figure", "changes", "message"),
     [
-        (fig4, {"epochs": 3}, "`epochs` must be even"),
+        (fig4, {"epochs": 3}, "--epochs must be even"),
         (fig4, {"weak": "8,1"}, "--weak must be 1 magnitude(s) in [0, 30]"),
         (fig4, {"weak": "40"}, "--weak must be 1 magnitude(s) in [0, 30]"),
         (fig4, {"weak": "low"}, "--weak must be 1 magnitude(s) in [0, 30]"),
@@ -241,9 +241,10 @@ def test_name_of_a_network_gives_its_builder_and_width(name, function, width):
     assert (build.func, build.keywords) == (function, {"width": width})
 
 
-def test_rows_of_several_magnitudes_are_not_averaged():
-    rows = [{"arm": "inherit", "sparsity": 0.4, "magnitude": m, "seed": 0, "test_last": 0.5} for m in (8, 4)]
-    with pytest.raises(ValueError, match="several magnitudes"):
+@pytest.mark.parametrize("name", ["magnitude", "path", "target", "step"])
+def test_rows_of_one_arm_and_ratio_that_differ_otherwise_are_not_averaged(name):
+    rows = [{"arm": "inherit", "sparsity": 0.4, name: value, "seed": 0, "test_last": 0.5} for value in (8, 4)]
+    with pytest.raises(ValueError, match="differ in magnitude, path, target, step"):
         plot.statistics(rows, "test_last")
 
 

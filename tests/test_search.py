@@ -184,6 +184,19 @@ def test_a_crash_loses_no_finished_score(tmp_path):
     assert os.listdir(file.parent) == ["scores.json"]
 
 
+def test_two_searches_may_write_to_one_file_at_a_time(tmp_path):
+    file, asked = tmp_path / "scores.json", []
+
+    def train_and_score(magnitude, seed):
+        asked.append((magnitude, seed))
+        if len(asked) == 1:  # while this one is trained, the other search finishes
+            search(train_and_score, [7, 14], seeds=[1], file=file)
+        return TABLE[magnitude]
+
+    search(train_and_score, [7, 14], seeds=[0, 1], file=file)
+    assert len(asked) == len(set(asked)) == len(json.loads(file.read_text())) == 6
+
+
 def test_a_crash_while_the_file_is_written_leaves_the_scores_before(tmp_path, monkeypatch):
     file = tmp_path / "scores.json"
     search({None: 0.5, 3: 0.6}, file=file)
