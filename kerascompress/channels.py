@@ -142,7 +142,7 @@ def _asked(model, followed: Followed, roots, importance, images):
 
     def call(operation, values, node):
         args, kwargs = graph.arguments(node, values)
-        if graph.is_graph(operation):
+        if graph.has_calls(operation):
             given = args[0] if args else kwargs["inputs"]
             return graph.compute(operation, graph.standardized(operation, given), call)
         outputs = keras.tree.flatten(operation(*args, **kwargs))
@@ -223,7 +223,7 @@ def _without(model, followed: Followed, alive) -> keras.Model:
         if cut is None or all(alive[labels].all() for labels in _axes(cut)):
             return graph.copy(old)
         sizes = {key: int(alive[labels].sum()) for key, labels in cut.sizes.items()}
-        config = old.get_config()
+        config = graph.config_of(old)
         initial = dict.fromkeys(
             (key for key in config if key.endswith("_initializer")), "zeros"
         )  # quicker, and any shape
@@ -275,6 +275,11 @@ def _check(model, sparsity, importance, scope, round_to, images) -> None:
         )
     if not model.built:
         raise ValueError(f"Build or call the model before pruning it. Received: {model.name!r}, which is not built.")
+    if not graph.has_calls(model):
+        raise ValueError(
+            f"The inputs of {model.name!r} are not known, as it is a Sequential model that does not begin with one "
+            "tensor. Make it with the Functional API."
+        )
     if any(isinstance(layer, PruneLowMagnitude) for layer in graph.walk(model)):
         raise ValueError(f"Model {model.name!r} is pruned by wrappers. Use `strip_pruning` first.")
     if not 0 <= sparsity < 1:

@@ -9,8 +9,8 @@ import numpy as np
 from keras import layers, ops
 
 from kerascompress import graph
-from kerascompress.pruning import kernels_of
-from kerascompress.wrapper import PruneLowMagnitude, prunable_weights, wrappers_in
+from kerascompress.pruning import check_countable, kernels_of
+from kerascompress.wrapper import PruneLowMagnitude, wrappers_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ def summary(model: keras.Model) -> Summary:
         A `Summary`; printed, it is a table.
 
     Raises:
-        ValueError: If `model` is no Keras 3 model or not built.
+        ValueError: If `model` is no Keras 3 model or not built, or a kernel has LoRA or is packed, as int4 is.
 
     Example:
         >>> import kerascompress as kc
@@ -79,6 +79,7 @@ def summary(model: keras.Model) -> Summary:
 
 def facts(model: keras.Model, weights: list[keras.Variable]) -> dict[str, Any]:
     """The fields of a `Summary`, over these weights of a model."""
+    check_countable(model)
     pruned = [(wrapper, kernel, mask) for wrapper in wrappers_in(model) for kernel, mask, _ in wrapper.pruning_vars]
     masks = {id(kernel): ops.convert_to_numpy(mask.value) for _, kernel, mask in pruned}
     names = {id(kernel): kernel.path.replace(f"{wrapper.name}/", "", 1) for wrapper, kernel, _ in pruned}
@@ -116,18 +117,18 @@ def _macs(model: keras.Model) -> dict[int, int | None]:
 
     def call(operation, tensors, node):
         tensors = [each if _free(own) else own for own, each in zip(node.input_tensors, tensors, strict=True)]
-        if graph.is_graph(operation):
+        if graph.has_calls(operation):
             return graph.compute(operation, graph.entering(operation, tensors, node), call)
         outputs = _outputs(operation, tensors, node)
         layer = operation.layer if isinstance(operation, PruneLowMagnitude) else operation
         positions = _positions(layer, tensors[0].shape[1:], outputs[0].shape[1:])
-        for kernel in prunable_weights(layer) if isinstance(layer, keras.Layer) else ():
+        for kernel in kernels_of(layer) if isinstance(layer, keras.Layer) else ():
             before = found.get(id(kernel), 0)
             known = positions is not None and before is not None
             found[id(kernel)] = before + positions * math.prod(kernel.shape) if known else None
         return outputs
 
-    if graph.is_graph(model):
+    if graph.has_calls(model):
         graph.compute(model, model.inputs, call)
     return found
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from kerascompress import graph, latency, litert
 from kerascompress.costs import Summary, facts
-from kerascompress.pruning import kernels_of, strip_pruning
+from kerascompress.pruning import check_countable, kernels_of, strip_pruning
 
 # Largest difference of an output as a fraction of its largest value, by quantisation. On a GPU, convolutions in float32
 # round to 10 bits of mantissa.
@@ -227,9 +227,15 @@ def _check_and_strip(model, images) -> tuple[keras.Model, list[np.ndarray], dict
             f"Received: {model.name!r} of type {type(model).__name__}. Export one around it: "
             "`inputs = keras.Input(shape)`, then `keras.Model(inputs, model(inputs))`."
         )
+    if not graph.has_calls(small):
+        raise ValueError(
+            f"The inputs of {model.name!r} are not known, as it is a Sequential model that does not begin with one "
+            "tensor. Make it with the Functional API."
+        )
+    check_countable(small)
     batches = _batches(small, images)
     try:
-        parts = [small(_structured(small, part), training=False) for part in _parts(small, batches)]
+        parts = [model(_structured(small, part), training=False) for part in _parts(small, batches)]
     except Exception as error:  # whatever a layer may raise
         if images is not None:
             raise
@@ -398,7 +404,14 @@ def _write_saved_model(model, batches, folder) -> list[keras.Variable]:
         autograph=False,
     )
     options = tf.saved_model.SaveOptions(experimental_debug_stripper=True)
-    tf.saved_model.save(module, str(folder), signatures=module.serve, options=options)
+    try:
+        tf.saved_model.save(module, str(folder), signatures=module.serve, options=options)
+    except AssertionError as error:  # of what the function captures and the module does not hold
+        raise ValueError(
+            f"{model.name!r} computes with something of TensorFlow's that is no weight of it, such as the table of a "
+            "lookup layer or what a `tf.function` of a layer's own holds. Export the network behind such a layer, with "
+            "an `Input` of its own; call layers without `tf.function`."
+        ) from error
     return weights
 
 

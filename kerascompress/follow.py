@@ -164,7 +164,7 @@ class Followed:
         return graph.compute(model, tensors, self._call)
 
     def _call(self, operation, tensors, node):
-        if graph.is_graph(operation):
+        if graph.has_calls(operation):
             return self._enter(operation, graph.entering(operation, tensors, node))
         outputs = self._outputs(operation, tensors, node)
         if outputs is None:
@@ -184,7 +184,7 @@ class Followed:
             return None
         if kind in ROWS:
             return self._cut(operation, tensors[0], node)
-        if kind in SAME or name in SAME_OPS:
+        if kind in SAME or (name in SAME_OPS and not _has_array(node)):
             return self._same(operation, tensors[0], node)
         if kind in GLOBAL_POOLING or name in REDUCTIONS:
             return self._reduced(operation, tensors[0], node)
@@ -311,6 +311,8 @@ def _is_elementwise(layer) -> bool:
     if isinstance(layer, layers.Softmax):
         return False
     function = getattr(layer, "activation", None)
+    if isinstance(function, keras.Layer):
+        return isinstance(function, SAME) and not function.variables and _is_elementwise(function)
     known = getattr(function, "__module__", None) or type(function).__module__
     return function is None or (
         known.startswith("keras.src.") and getattr(function, "__name__", "") not in ACROSS_CHANNELS
@@ -319,4 +321,5 @@ def _is_elementwise(layer) -> bool:
 
 def _has_array(node) -> bool:
     flat = keras.tree.flatten((node.arguments.args, node.arguments.kwargs))
+    flat += [each for each in vars(node.operation).values() if hasattr(each, "shape")]  # as the limits of `clip`
     return any(np.size(each) > 1 for each in flat if not isinstance(each, keras.KerasTensor))

@@ -14,6 +14,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras.src import backend
 from keras.src.applications.convnext import LayerScale, StochasticDepth
 from keras.src.models import Functional
 from keras.src.saving.serialization_lib import SafeModeScope
@@ -51,6 +52,11 @@ def children(layer: keras.Layer) -> list[keras.Layer]:
 def walk(layer: keras.Layer) -> list[keras.Layer]:
     """A layer or model and all layers in it, however deep, each once."""
     return list({id(each): each for each in layer._flatten_layers()}.values())
+
+
+def without_autocast() -> Any:
+    """A scope in which variables have the values that they hold, also while a layer computes with less precision."""
+    return backend.AutocastScope(None)
 
 
 def forget_losses(layer: keras.Layer) -> None:
@@ -104,6 +110,11 @@ def add_metric(model: keras.Model, metric: keras.Metric) -> Callable[[], None]:
 def is_graph(layer: Any) -> bool:
     """Whether it is a Functional or Sequential model, of which the order of the layers is known."""
     return isinstance(layer, keras.Sequential) or (isinstance(layer, keras.Model) and hasattr(layer, "operations"))
+
+
+def has_calls(layer: Any) -> bool:
+    """Whether the calls of its layers are known too: not of a Sequential model that begins with a dictionary."""
+    return is_graph(layer) and _function(layer) is not None
 
 
 def leaves(model: keras.Model) -> list[keras.Layer]:
@@ -182,8 +193,9 @@ def _is_plain(layer: Any) -> bool:
     if not is_graph(layer) or isinstance(layer, keras.Sequential):
         return type(layer) is keras.Sequential
     made_of = inspect.getfullargspec(type(layer).__init__)
-    names = made_of.args[1:3]
-    return names == ["inputs", "outputs"] or (not names and None not in (made_of.varargs, made_of.varkw))
+    names = [*made_of.args[1:], *made_of.kwonlyargs]
+    known = names[:2] == ["inputs", "outputs"] and set(names[2:]) <= {"name", "trainable"}
+    return known or (not names and None not in (made_of.varargs, made_of.varkw))
 
 
 # --- building ---
@@ -250,11 +262,33 @@ def copy(layer: Any, dtype: Any = None) -> Any:
         return layer
     changes = {} if dtype is None else {"dtype": dtype}
     if not isinstance(layer, keras.Model):
-        return _made_anew(layer, [layer.get_config, functools.partial(_arguments, layer)], changes)
+        return _made_anew(layer, [functools.partial(config_of, layer), functools.partial(_arguments, layer)], changes)
     if type(layer).get_config not in (keras.Model.get_config, Functional.get_config):  # those know no arguments
         with contextlib.suppress(CopyError):
             return _made_anew(layer, [layer.get_config], changes)
     return rebuild(layer, copy_part, whole=True) if is_graph(layer) else _with_parts_copied(layer, copy_part)
+
+
+def config_of(layer: keras.Layer) -> dict[str, Any]:
+    """The config of a layer; of one of Keras', what is the user's in it, a function or an initializer, stands itself.
+
+    By the name that a config has of it, Keras would find another of that name, or none.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*includes a `lambda`")
+        config = layer.get_config()
+    if not type(layer).__module__.startswith("keras.src."):
+        return config
+    own = {name: value for name, value in ((name, getattr(layer, name, None)) for name in config) if _is_own(value)}
+    return config | own
+
+
+def _is_own(value: Any) -> bool:
+    """Whether it is something callable, no layer, that Keras does not know by a name."""
+    known = {id(each) for each in keras.activations.__dict__.values()}
+    if not callable(value) or isinstance(value, (type, keras.Layer)) or id(value) in known:
+        return False
+    return isinstance(value, types.FunctionType) or not type(value).__module__.startswith("keras.src.")
 
 
 def _made_anew(layer: keras.Layer, configs: list[Callable[[], dict]], changes: dict[str, Any]) -> Any:
@@ -271,7 +305,7 @@ def _made_anew(layer: keras.Layer, configs: list[Callable[[], dict]], changes: d
         if failures or "get_config" in vars(layer):
             keep_config(new)
         return new
-    reason = str(failures[0]).strip().partition("\n")[0]
+    reason = str(failures[0]).rpartition("Exception encountered: ")[2].strip().partition("\n")[0]
     raise CopyError(
         f"{layer.name!r} of type {type(layer).__name__} cannot be copied: neither its config nor the arguments it was "
         f"made with give a layer of the same weights ({type(failures[0]).__name__}: {reason})."
@@ -281,11 +315,21 @@ def _made_anew(layer: keras.Layer, configs: list[Callable[[], dict]], changes: d
 def _assign(new: keras.Layer, old: keras.Layer) -> None:
     for one, other in zip(new.variables, old.variables, strict=True):
         one.assign(keras.ops.convert_to_numpy(other.value))
+    for one, other in zip(walk(new), walk(old), strict=False):
+        for name, value in vars(other).items():
+            known = vars(one).get(name)
+            if value is not known and _is_function(value) and _is_function(known) and known.__name__ == value.__name__:
+                setattr(one, name, value)  # it may be the user's, where the config means Keras' own of that name
     for each in walk(new):
         if isinstance(each, keras.Model):
             each.compiled = False
         if hasattr(each, "finalize_state"):
             each.finalize_state()  # adapted preprocessing computes with copies of its weights
+
+
+def _is_function(value: Any) -> bool:
+    """Whether it is a function that holds nothing, which may be shared."""
+    return isinstance(value, types.FunctionType) and not value.__closure__
 
 
 def _with_parts_copied(model: keras.Model, copy_part: Callable[[Any], Any]) -> Any:
@@ -311,7 +355,7 @@ def _with_parts_copied(model: keras.Model, copy_part: Callable[[Any], Any]) -> A
             for setting in ("trainable", "regularizer", "constraint"):
                 setattr(variable, setting, getattr(value, setting))
             return variable
-        if isinstance(value, PLAIN) or (isinstance(value, types.FunctionType) and not value.__closure__):
+        if isinstance(value, PLAIN) or _is_function(value):
             return value
         raise CopyError(
             f"{model.name!r} of type {kind.__name__} cannot be copied: it has no `get_config`, and its attribute "
@@ -377,9 +421,12 @@ def _arguments(layer: keras.Layer) -> dict[str, Any]:
 
 
 def _classes(layer: keras.Layer) -> dict[str, type]:
-    """What a config may name that is not registered."""
+    """What a config may name that is not registered: classes of layers, and functions and the like in them."""
     kinds = {type(each) for each in walk(layer)}
-    return {kind.__name__: kind for kind in kinds if not kind.__module__.startswith("keras.src.")}
+    own = [value for each in walk(layer) for value in vars(each).values() if _is_own(value)]
+    functions = {value.__name__: value for value in own if hasattr(value, "__name__")}
+    kinds |= {type(value) for value in own if not hasattr(value, "__name__")}
+    return functions | {kind.__name__: kind for kind in kinds if not kind.__module__.startswith("keras.src.")}
 
 
 def _copy_operation(operation: Any) -> Any:
@@ -416,6 +463,7 @@ def rebuild(
         of the old one is not made of inputs and outputs.
     """
     new_of: dict[int, Any] = {}
+    owners: dict[int, Any] = {}  # of variables
     copy_input = replace_input or _copy_operation
 
     def remake(old: Any) -> Any:
@@ -423,6 +471,12 @@ def rebuild(
             if _is_plain(old) or (is_graph(old) and not whole):
                 new_of[id(old)] = assemble(old)
             else:
+                for variable in getattr(old, "variables", ()):
+                    if owners.setdefault(id(variable), old) is not old:
+                        raise CopyError(
+                            f"Layers {owners[id(variable)].name!r} and {old.name!r} of {model.name!r} share the weight "
+                            f"{variable.path!r}, which their copies, each made by itself, would not."
+                        )
                 new_of[id(old)] = replace(old)
         return new_of[id(old)]
 

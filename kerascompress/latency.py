@@ -80,14 +80,14 @@ class Cluster:
 def find_cluster(model: keras.Model) -> Cluster:
     """Follows the tensors of a Functional or Sequential model from a stem to a mean over height and width."""
     cluster = Cluster()
-    if not graph.is_graph(model) or not model.built:
+    if not graph.has_calls(model):
         cluster.obstacles.append("it is no built Sequential or Functional model")
         return cluster
     begun = False
 
     def call(operation, values, node):
         nonlocal begun
-        if graph.is_graph(operation):
+        if graph.has_calls(operation):
             return graph.compute(operation, graph.entering(operation, values, node), call)
         layer = operation.layer if isinstance(operation, PruneLowMagnitude) else operation
         inside = [place == INSIDE for place, _ in values]

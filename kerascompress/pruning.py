@@ -210,8 +210,7 @@ def sparsity(model: keras.Layer) -> float:
         >>> kc.sparsity(model)
         1.0
     """
-    for layer in graph.walk(model):
-        check_plain(layer, modes=(None, "int8", "float8"))
+    check_countable(model)
     kernels = effective_kernels(model)
     if not kernels:
         raise _no_kernels(model)
@@ -246,6 +245,12 @@ def _chosen_layers(model: keras.Model, policy: Any) -> set[int]:
             f"`get_prunable_weights()`. Received: pruning_policy={policy!r}."
         )
     return chosen
+
+
+def check_countable(model: keras.Layer) -> None:
+    """Raises a ValueError where the zeros of a kernel are not those of its variable."""
+    for layer in graph.walk(model):
+        check_plain(layer, modes=(None, "int8", "float8"))
 
 
 def _no_kernels(model) -> ValueError:

@@ -78,15 +78,17 @@ def evaluate(schedule: Schedule, step: Any) -> tuple[Any, Any]:
         ) from error
     end_step = getattr(schedule, "end_step", None)
     is_end = False if end_step is None else step == end_step
-    if traced:
-        return ops.logical_or(should_prune, is_end), ops.cast(sparsity, "float32")
-    due, sparsity = bool(should_prune) or bool(is_end), float(sparsity)
-    if due and not 0 <= sparsity < 1:
+    is_number = isinstance(sparsity, (int, float)) or not traced
+    if is_number and (traced or should_prune or is_end) and not 0 <= float(sparsity) < 1:
         raise ValueError(
             "A pruning schedule must return a sparsity in [0, 1), a fraction of zeros. "
-            f"Received: {sparsity} at step {step} from {schedule!r}. If yours are percent, divide them by 100."
+            f"Received: {float(sparsity)} from {schedule!r}"
+            + (". " if traced else f" at step {step}. ")
+            + "If yours are percent, divide them by 100."
         )
-    return due, sparsity
+    if traced:
+        return ops.logical_or(should_prune, is_end), ops.cast(sparsity, "float32")
+    return bool(should_prune) or bool(is_end), float(sparsity)
 
 
 def last_due(schedule: Schedule, after: int, until: int) -> tuple[int, float] | None:

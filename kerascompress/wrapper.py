@@ -33,7 +33,8 @@ def check_plain(layer: keras.Layer, *, modes: tuple[str | None, ...] = (None,)) 
     if getattr(layer, "lora_enabled", False):
         raise ValueError(
             f"A kernel with LoRA is a sum of which only one part could be pruned. Received: layer {layer.name!r} with "
-            "`enable_lora`. Prune the model before: LoRA leaves the pruned kernel as it is, and adds to it."
+            "`enable_lora`. Prune the model before; to count or export it, load its saved weights into the model "
+            "without LoRA, which merges them."
         )
     if getattr(layer, "quantization_mode", None) not in modes:
         raise ValueError(
@@ -184,13 +185,15 @@ class PruneLowMagnitude(layers.Wrapper):
             )
         # Inside a StatelessScope a variable has the value given here, so the masked kernel takes the kernel's place in
         # whatever the layer computes.
-        values = {id(variable): variable.value for variable in self.layer.variables}
-        for kernel, mask, _ in self.pruning_vars:
-            kept = kernel.value * ops.cast(mask.value, kernel.dtype)
-            # with the gradient of the kernel: what is masked moves too, and may come back
-            values[id(kernel)] = kernel.value + ops.stop_gradient(kept - kernel.value)
-        state = [(variable, values[id(variable)]) for variable in self.layer.variables]
-        with keras.StatelessScope(state_mapping=state, collect_losses=True) as scope:
+        with graph.without_autocast():
+            values = {id(variable): variable.value for variable in self.layer.variables}
+            for kernel, mask, _ in self.pruning_vars:
+                kept = kernel.value * ops.cast(mask.value, kernel.dtype)
+                # with the gradient of the kernel: what is masked moves too, and may come back
+                values[id(kernel)] = kernel.value + ops.stop_gradient(kept - kernel.value)
+            state = [(variable, values[id(variable)]) for variable in self.layer.variables]
+            scope = keras.StatelessScope(state_mapping=state, collect_losses=True)
+        with scope:
             outputs = self.layer(inputs, *args, **kwargs)
         for variable in self.layer.non_trainable_variables:
             if scope.get_current_value(variable) is not values[id(variable)]:

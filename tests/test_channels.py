@@ -428,6 +428,19 @@ def test_what_cannot_be_followed_is_left_whole_and_named():
     np.testing.assert_allclose(outputs(small, x).sum(), outputs(small, x).sum())
 
 
+def test_an_activation_that_is_a_layer_counts_as_that_layer():
+    inputs = keras.Input((8,))
+    x = layers.Dense(6, layers.LeakyReLU(), name="halved")(inputs)
+    x = layers.Dense(6, layers.Softmax(), name="softmax")(x)
+    x = layers.Dense(6, layers.PReLU(), name="prelu")(x)
+    x = keras.ops.clip(layers.Dense(6, name="clipped")(x), np.zeros(6, "float32"), np.ones(6, "float32"))
+    model = keras.Model(inputs, layers.Dense(2, name="head")(x))
+    with pytest.warns(UserWarning, match="cannot be followed through 'softmax', 'prelu', 'clip"):
+        small = prune_channels(model, 0.5)
+    assert [each.units for each in small.layers if isinstance(each, layers.Dense)] == [3, 6, 6, 6, 2]
+    small(np.ones((2, 8)))
+
+
 def test_an_operation_that_moves_channels_of_two_tensors_leaves_both_whole():
     inputs, flatten = keras.Input((4, 4, 3)), layers.Flatten(name="flatten")
     x = [flatten(layers.Conv2D(width, 3, activation="relu")(inputs)) for width in (4, 8)]

@@ -88,6 +88,22 @@ def test_kernels_have_the_names_that_they_have_without_wrappers():
     assert summaries[0] == summaries[1]
 
 
+@pytest.mark.filterwarnings("ignore:Layer InputLayer does not have a `quantize` method")
+def test_a_pruned_and_then_quantized_model_is_counted_as_it_was():
+    model = kc.prune_now(keras.Sequential([keras.Input((8,)), layers.Dense(16)]), 0.5)
+    before = kc.summary(model)
+    model.quantize("int8")
+    after = kc.summary(model)
+    assert (after.macs, after.sparsity) == (before.macs, before.sparsity) == (128, 0.5)
+
+
+def test_a_model_with_lora_is_refused():
+    model = keras.Sequential([keras.Input((8,)), layers.Dense(16)])
+    model.layers[0].enable_lora(2)
+    with pytest.raises(ValueError, match=r"LoRA.*load its saved weights into the model without LoRA"):
+        kc.summary(model)
+
+
 def test_a_model_that_is_not_built_is_refused():
     with pytest.raises(ValueError, match="Build or call the model first"):
         kc.summary(keras.Sequential([layers.Dense(2)]))

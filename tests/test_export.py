@@ -535,6 +535,31 @@ def bad_models():
     ]
 
 
+@pytest.mark.tensorflow_only
+def test_what_holds_something_of_tensorflows_is_refused(tmp_path):
+    inputs = keras.Input((3,), dtype="int64")
+    model = keras.Model(inputs, keras.layers.IntegerLookup(vocabulary=[1, 2])(inputs))
+    with pytest.raises(ValueError, match=r"no weight of it, such as the table of a lookup layer"):
+        export_saved_model(model, tmp_path / "net")
+    assert not everything_in(tmp_path)
+
+
+def relu(x):
+    """Of the name of another."""
+    return keras.ops.leaky_relu(x, 0.5)
+
+
+def test_the_artifact_is_held_against_the_model_itself(tmp_path, monkeypatch):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, activation=relu)])
+    export_saved_model(model, tmp_path / "net")
+    x = images(5, 4)
+    np.testing.assert_allclose(serve(tmp_path / "net", x), outputs(model, x), rtol=1e-5)
+    other = keras.models.clone_model(model)
+    monkeypatch.setattr("kerascompress.export.strip_pruning", lambda model: other)  # a copy that is none
+    with pytest.raises(RuntimeError, match="differ"):
+        export_saved_model(model, tmp_path / "other")
+
+
 def test_models_that_cannot_be_exported_are_refused(tmp_path):
     for model, message in bad_models():
         with pytest.raises(ValueError, match=message):

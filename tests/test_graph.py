@@ -125,7 +125,38 @@ def called(model):
     return model
 
 
+def relu(x):
+    """Of the name of another."""
+    return ops.leaky_relu(x, 0.5)
+
+
+def own(x):
+    return ops.tanh(x) / 2
+
+
+def ones(shape, dtype=None):
+    return ops.ones(shape, dtype)
+
+
+class Own(keras.Regularizer):
+    def __call__(self, weights):
+        return ops.sum(weights)
+
+    def get_config(self):
+        return {}
+
+
+def functions_of_ones_own():
+    cell = layers.LSTMCell(2, activation=relu, recurrent_activation=own)
+    activations = (relu, own, ops.gelu, lambda x: x / 2)
+    dense = [
+        layers.Dense(3, activation, kernel_initializer=ones, kernel_regularizer=Own()) for activation in activations
+    ]
+    return keras.Sequential([keras.Input((6, 6, 2)), *dense, layers.Reshape((36, 3)), layers.RNN(cell)])
+
+
 KINDS = {
+    "functions of one's own": functions_of_ones_own,
     "functional": functional,
     "functional with its own step": lambda: functional(OfInputs),
     "sequential": lambda: keras.Sequential([keras.Input((6, 6, 2)), functional()]),
@@ -156,6 +187,76 @@ def test_a_copy_computes_the_same_with_variables_of_its_own(kind):
     copy.trainable_variables[0].assign(copy.trainable_variables[0] + 1.0)
     assert not np.array_equal(outputs(copy), expected)
     np.testing.assert_array_equal(outputs(model), expected)
+
+
+class WithArgument(keras.Model):
+    def __init__(self, inputs, outputs, weight=0.1, **kwargs):
+        super().__init__(inputs, outputs, **kwargs)
+        self.weight = weight
+
+    def compute_loss(self, *args, **kwargs):
+        return self.weight * super().compute_loss(*args, **kwargs)
+
+
+def test_a_model_that_is_made_of_more_than_inputs_and_outputs_does_not_lose_it_silently():
+    inputs = keras.Input((6, 6, 2))
+    with pytest.warns(UserWarning, match="is a plain Functional, no WithArgument"):
+        copy = graph.copy(WithArgument(inputs, layers.Dense(2)(inputs), weight=7.0))
+    assert copy.count_params() == 6
+
+
+class Tied(layers.Layer):
+    """Multiplies with the kernel of another layer."""
+
+    def __init__(self, dense, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = dense
+
+    def call(self, inputs):
+        return ops.matmul(inputs, ops.transpose(self.dense.kernel))
+
+    def get_config(self):
+        return {**super().get_config(), "dense": keras.saving.serialize_keras_object(self.dense)}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**{**config, "dense": keras.saving.deserialize_keras_object(config["dense"])})
+
+
+def test_weights_that_two_layers_share_are_not_untied():
+    inputs, dense = keras.Input((6, 6, 2)), layers.Dense(3, name="dense")
+    model = keras.Model(inputs, Tied(dense, name="tied")(dense(inputs)))
+    for act in (lambda: kc.prune_now(model, 0.5), lambda: kc.prune_low_magnitude(model)):
+        with pytest.raises(ValueError, match=r"'dense' and 'tied' of .* share the weight 'dense/kernel'"):
+            act()
+    model.compile(kc.PruningOptimizer("sgd", kc.ConstantSparsity(0.5, 0)), "mse")  # needs no copy
+    model.fit(data(), data(), verbose=0)
+    assert kc.sparsity(model) == 0.5
+
+
+def test_a_sequential_model_that_begins_with_a_dictionary_is_copied_and_what_needs_its_calls_is_refused(tmp_path):
+    one, other = keras.Input((2,), name="one"), keras.Input((2,), name="other")
+    first = keras.Model({"one": one, "other": other}, layers.add([one, other]))
+    model = keras.Sequential([first, layers.Dense(4, name="dense")])
+    model({"one": np.ones((3, 2)), "other": np.ones((3, 2))})
+    assert kc.sparsity(kc.prune_now(model, 0.5)) == 0.5
+    assert kc.summary(model).macs is None
+    for act in (lambda: kc.prune_channels(model, 0.5), lambda: kc.export_saved_model(model, tmp_path / "net")):
+        with pytest.raises(ValueError, match=r"does not begin with one tensor\. Make it with the Functional API"):
+            act()
+
+
+def test_a_wrapped_layer_computes_each_part_in_its_own_precision():
+    class Mixed(layers.Layer):
+        def __init__(self):
+            super().__init__(dtype="mixed_bfloat16")
+            self.half, self.whole = layers.Dense(4, dtype="mixed_bfloat16"), layers.Dense(2, dtype="float32")
+
+        def call(self, inputs):
+            return self.whole(self.half(inputs))
+
+    dense = keras.Sequential([keras.Input((6, 6, 2)), Mixed()])
+    np.testing.assert_array_equal(outputs(kc.prune_low_magnitude(dense)), outputs(dense))
 
 
 def test_what_cannot_be_copied_is_named():

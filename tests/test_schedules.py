@@ -105,6 +105,12 @@ def test_points_out_of_range_are_refused(magnitudes, message):
         kc.SparsityLinkedMagnitude(lambda step: (True, 0.5), magnitudes)
 
 
+@pytest.mark.parametrize("make", [int, keras.ops.convert_to_tensor])
+def test_percent_are_refused(make):
+    with pytest.raises(ValueError, match=r"in \[0, 1\), a fraction of zeros\. Received: 60\.0 .*divide them by 100"):
+        evaluate(lambda step: (step % 4 == 3, 60.0), make(3))
+
+
 def test_a_schedule_that_is_not_callable_is_refused():
     with pytest.raises(TypeError, match="ConstantSparsity"):
         kc.SparsityLinkedMagnitude(0.6, {0.0: 14})
