@@ -151,7 +151,7 @@ flags.DEFINE_boolean(
     "Everything tiny, to see that it works: a net of 5 thousand weights, 64 images, 2 epochs, one seed, fewer arms.",
 )
 # Some figures take these.
-flags.DEFINE_list("sparsities", None, "Figures 1, 3 and 4: pruning ratios, separated by commas. Default: the paper's.")
+flags.DEFINE_list("sparsities", None, "All but Figure 6: pruning ratios, separated by commas. Default: the paper's.")
 flags.register_validator(
     "sparsities",
     lambda ratios: all(re.fullmatch(r"0|0?\.\d+", ratio) for ratio in ratios or []),
@@ -160,7 +160,8 @@ flags.register_validator(
 flags.DEFINE_list(
     "magnitudes",
     None,
-    "Figures 1 and 3: magnitudes held constant, or none, separated by commas. Default: the figure's.",
+    "Figures 1 to 3 and the adaptive study: magnitudes held constant, or none, separated by commas. Default: those of "
+    "the figure.",
 )
 flags.DEFINE_list(
     "arms",
@@ -180,7 +181,9 @@ flags.DEFINE_float(
     "step", None, "How far an adaptive magnitude moves in an epoch. Default: 0.5.", lower_bound=0.001, upper_bound=30
 )
 flags.DEFINE_list(
-    "decayed", None, "Figure 3: the magnitudes of the decayed arm, one for each pruning ratio. Default: the paper's."
+    "decayed",
+    None,
+    "Figure 3 and the demo: the magnitudes of the arm that weakens, one for each pruning ratio. Default: the paper's.",
 )
 flags.DEFINE_float(
     "strong",

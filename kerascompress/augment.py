@@ -1,6 +1,7 @@
 """Augmentation in the model, on the device: RandAugment with a live magnitude, and the crop that goes before it."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -380,7 +381,7 @@ def check_driven(augment: Any) -> None:
 
 
 def check_in_model(augment: Any, model: keras.Model) -> None:
-    """Raises a ValueError if a model does not contain `augment`, but another augmentation."""
+    """Raises a ValueError if a model has another augmentation than `augment`; warns if nobody has called that."""
     layers = graph.walk(model)
     others = [layer for layer in layers if hasattr(getattr(layer, "magnitude", None), "assign")]
     if others and all(layer is not augment for layer in layers):
@@ -388,6 +389,12 @@ def check_in_model(augment: Any, model: keras.Model) -> None:
             f"The augmentation to drive is not in the model {model.name!r}, which has others: "
             f"{[layer.name for layer in others]}. Received: augment={augment!r}. Pass that of the model: a "
             "copied model, such as `prune_low_magnitude` returns, has copies of its layers."
+        )
+    if not others and not getattr(augment, "built", True):
+        warnings.warn(
+            f"Nothing is augmented yet by {augment.name!r}: it is not in the model {model.name!r}, and has not been "
+            "called. Put it into the model, or map it over the data first.",
+            stacklevel=3,
         )
 
 

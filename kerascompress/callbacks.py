@@ -97,7 +97,7 @@ class UpdatePruningStep(StepCallback):
     Counts the optimizer's updates and, whenever a step at which a schedule prunes lies between the last batch and this
     one, recomputes the masks; so `steps_per_execution` may be anything. If the schedule has an `end_step`, there is an
     update at that very step even when the frequency misses it. Step 0 lies before the first batch. A model that was
-    saved and loaded goes on where it was. In a training loop of your own, see `StepCallback`; tfmot's documented one
+    saved and loaded goes on where it was. In a training loop of your own, see `callbacks.StepCallback`; tfmot's own
     works as it is.
 
     Raises:
@@ -184,7 +184,7 @@ class UpdatePruningStep(StepCallback):
 class MagnitudeScheduler(StepCallback):
     """Assigns `schedule(step)` to the magnitude of an augmentation as a model trains.
 
-    The step is the one that the masks of the model follow, or else the optimizer's, see `StepCallback`.
+    The step is the one that the masks of the model follow, or else the optimizer's, see `callbacks.StepCallback`.
 
     Args:
         augment: A layer with a scalar variable `magnitude`, such as `RandAugment`: one in the model, or, if there is no
@@ -200,6 +200,9 @@ class MagnitudeScheduler(StepCallback):
         >>> import kerascompress as kc
         >>> augment = kc.RandAugment(magnitude=14)
         >>> weaken = kc.MagnitudeScheduler(augment, lambda step: 14 if step < 1000 else 4)
+
+    Reference:
+        Yu, Zhang, Ma, "Revisiting Data Augmentation in Model Compression", Section IV-B, Figure 3.
     """
 
     def __init__(self, augment: Any, schedule: Callable[[int], float]):

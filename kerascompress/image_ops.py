@@ -7,8 +7,8 @@ done, in one of two forms that are cheap to apply to a whole batch:
 - a look-up table per image and channel, `(batch, 1 or channels, 256)`, applied by `lookup`;
 - an inverse affine map per image, `(batch, 6)`, applied by `warp`.
 
-`color` and `sharpness` are neither and return pixels. Everything is written in `keras.ops` and runs in graph, eager and
-XLA mode. Tables and pixels come back as floats; `to_bytes` cuts their fractions off, as Pillow does.
+`color` and `sharpness` are neither and return pixels. All but a gather is written in `keras.ops`, and all runs in
+graph, eager and XLA mode. Tables and pixels come back as floats; `to_bytes` cuts their fractions off, as Pillow does.
 """
 
 import functools

@@ -48,7 +48,8 @@ class PruningOptimizer(keras.optimizers.Optimizer):
         scope, block_size, block_pooling_type, sparsity_m_by_n: See `PruneLowMagnitude`.
         allow: `allow(variable) -> bool` chooses the kernels among the trainable variables. By default those that Keras
             names so (`kernel`, `embeddings`, `depthwise_kernel`, `pointwise_kernel`, `recurrent_kernel`), of rank 2 and
-            more; a warning names others, where they are more than a tenth of all weights.
+            more; a warning names others, where they are more than a tenth of all weights. An optimizer sees variables,
+            not layers: `get_prunable_weights()` is not asked.
         name: Of the optimizer.
 
     Attributes:

@@ -155,6 +155,13 @@ def prune_now(model: keras.Model, sparsity: float, *, scope: str = "layer") -> k
     gone = [kernel.path for kernel, mask in zip(kernels, masks, strict=True) if not mask.any()]
     if gone:
         warn_of_collapse(sparsity, gone)
+    unnamed = [kernel.path for kernel in kernels if not is_kernel(kernel)]
+    if unnamed:
+        warnings.warn(
+            f"{unnamed} are pruned because a layer's `get_prunable_weights()` says so, which no optimizer sees: to "
+            "keep their zeros, train on with `PruningOptimizer(optimizer, allow=lambda variable: ...)`.",
+            stacklevel=2,
+        )
     return small
 
 
@@ -350,6 +357,6 @@ def _check_policy(policy: Any) -> None:
         raise ValueError(
             "`pruning_policy` must have the methods `allow_pruning(layer) -> bool` and "
             f"`ensure_model_supports_pruning(model)`. Received: {policy!r} of type {type(policy).__name__}."
-            + " tfmot's own policies read the graphs of Keras 2: write the two methods for Keras 3."
-            * of_tfmot
+            + " tfmot's own policies read the graphs of Keras 2: `kc.LatencyPolicy()` stands for its latency policy; "
+            "of another, write the two methods for Keras 3." * of_tfmot
         )

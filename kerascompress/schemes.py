@@ -1,19 +1,22 @@
 """Schemes that let a small network inherit strong augmentation, and two ways to be large for a while.
 
 A network is large before it is pruned (Figure 4), or while further blocks stand behind its stages (Figure 6): the same
-three schemes, `shrink` being `prune_low_magnitude` or `discard`.
+three schemes, `shrink` being `prune_now`, `prune_low_magnitude` or `discard`.
 """
 
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 
 from kerascompress import graph
 from kerascompress.models.mobilenet_v2 import inverted_residual
 from kerascompress.models.resnet import basic_block
 from kerascompress.models.shufflenet_v2 import shuffle_unit
+from kerascompress.pruning import effective_kernels
 from kerascompress.wrapper import wrappers_in
 
 Fit = Callable[[keras.Model, float | None], Any]  # fit(model, magnitude); None is no RandAugment
@@ -41,6 +44,8 @@ def inherit(large: keras.Model, *, shrink: Shrink, fit: Fit, strong: float | Non
         large: The network that has more weights for now: dense, or extended.
         shrink: `shrink(large)` returns the small network with the weights of the large one: prunes it, or is `discard`.
         fit: `fit(model, magnitude)` trains a model with RandAugment at that magnitude; `None` is without RandAugment.
+            Where `shrink` is `prune_now`, it must compile with `PruningOptimizer`, which keeps zeros; a warning says if
+            it has not.
         strong: First magnitude, in [0, 30].
         weak: Second magnitude, in [0, 30], the optimum of the small network.
 
@@ -61,7 +66,7 @@ def inherit(large: keras.Model, *, shrink: Shrink, fit: Fit, strong: float | Non
     """
     fit(large, strong)
     small = shrink(large)
-    fit(small, weak)
+    _fit_small(small, fit, weak)
     return small
 
 
@@ -93,8 +98,8 @@ def baseline_a(
         Yu, Zhang, Ma, "Revisiting Data Augmentation in Model Compression", Section IV-C, Figures 4 and 6.
     """
     small = shrink(large)
-    fit(small, strong)
-    fit(small, weak)
+    _fit_small(small, fit, strong)
+    _fit_small(small, fit, weak)
     return small
 
 
@@ -265,6 +270,23 @@ def discard(model: keras.Model) -> keras.Model:
 
 
 # --- helpers ---
+
+
+def _fit_small(small: keras.Model, fit: Fit, magnitude: float | None) -> None:
+    before = _zeros(small)
+    fit(small, magnitude)
+    if before > 0.01 and _zeros(small) < before - 1e-3:
+        warnings.warn(
+            f"`fit` has made the pruned network dense: of its weights {before:.1%} were zero, and {_zeros(small):.1%} "
+            "are. Have it compile with `PruningOptimizer(optimizer)`, which keeps zeros.",
+            stacklevel=3,
+        )
+
+
+def _zeros(model: Any) -> float:
+    """The share of zeros in the kernels of a model, 0 where there are none."""
+    kernels = effective_kernels(model) if isinstance(model, keras.Model) else []
+    return 1 - sum(map(np.count_nonzero, kernels)) / max(sum(kernel.size for kernel in kernels), 1) if kernels else 0.0
 
 
 def _block_before(x) -> Callable[..., Any]:

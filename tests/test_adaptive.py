@@ -17,7 +17,9 @@ def data(count=32):
 
 def live(magnitude):
     """What compiles in no time; in no time at all outside of the model, where the signal is the same."""
-    return kc.RandAugment(magnitude, num_ops=1, ops=["Solarize"], seed=0)
+    augment = kc.RandAugment(magnitude, num_ops=1, ops=["Solarize"], seed=0)
+    augment(np.zeros((1, 8, 8, 3), "uint8"))  # as in `tf.data`
+    return augment
 
 
 def trainer(augment, network=None, **compiled):
@@ -74,14 +76,19 @@ def test_between_the_epochs_of_its_frequency_it_stays():
 
 def test_the_gap_is_training_minus_held_out_accuracy_around_15_percent():
     augment = live(9)
-    history = fit(trainer(None), [kc.AdaptiveMagnitude(augment)], 5)
+    adaptive = kc.AdaptiveMagnitude(augment)
+    history = fit(trainer(None), [adaptive], 5)
     gaps = np.array(history["accuracy"]) - history["val_accuracy"]
     np.testing.assert_array_equal(np.diff(history["magnitude"]), 0.5 * np.sign(gaps - 0.15)[:-1])
+    augment.magnitude.assign(9)
+    for training, moved in ((0.66, 9.5), (0.64, 9.0), (0.64, 8.5)):
+        adaptive.on_epoch_end(0, {"accuracy": training, "val_accuracy": 0.5})
+        assert magnitude(augment) == moved
 
 
 def test_the_accuracy_is_that_of_the_augmented_training_images():
     augment = live(9)
-    history = fit(trainer(None), [kc.AdaptiveMagnitude(augment, "accuracy", 0.1)], 5, validation_data=None)
+    history = fit(trainer(augment), [kc.AdaptiveMagnitude(augment, "accuracy", 0.1)], 5, validation_data=None)
     np.testing.assert_array_equal(
         np.diff(history["magnitude"]), 0.5 * np.sign(np.array(history["accuracy"]) - 0.1)[:-1]
     )
@@ -266,7 +273,7 @@ def test_validation_every_second_epoch_is_its_frequency_and_a_split_will_do():
     augment = live(9)
     adaptive = kc.AdaptiveMagnitude(augment, frequency=2)
     history = fit(trainer(None), [adaptive], 4, validation_data=None, validation_split=0.25, validation_freq=2)
-    assert np.diff(history["magnitude"]).tolist() in ([0, 0.5, 0], [0, -0.5, 0], [0, 0, 0])
+    assert np.diff(history["magnitude"]).tolist() in ([0, 0.5, 0], [0, -0.5, 0])
 
 
 @pytest.mark.filterwarnings("ignore")

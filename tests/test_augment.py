@@ -286,7 +286,11 @@ def test_the_scheduler_assigns_only_changes_and_counts_optimizer_steps():
 
 def test_a_saved_model_keeps_the_live_magnitude_and_rows_of_ones_own(tmp_path):
     layer = RandAugment(
-        magnitude=14, ops=["Rotate", Op("Darken", 60.0, pixels=darken), "Equalize"], seed=5, fill_value=128
+        magnitude=14,
+        ops=["Rotate", Op("Darken", 60.0, pixels=darken), "Equalize"],
+        seed=5,
+        fill_value=128,
+        interpolation="bilinear",
     )
     model = mean_output(layer)
     layer.magnitude.assign(7.5)
@@ -294,6 +298,7 @@ def test_a_saved_model_keeps_the_live_magnitude_and_rows_of_ones_own(tmp_path):
     loaded = keras.saving.load_model(tmp_path / "model.keras", compile=False).layers[0]
     assert float(loaded.magnitude.value) == 7.5
     assert loaded.ops == layer.ops
+    assert loaded.interpolation == "bilinear"
     assert loaded.get_config() == layer.get_config()
     images = batch_of(16)
     fresh = RandAugment.from_config(layer.get_config())
@@ -318,7 +323,8 @@ def test_a_saved_model_goes_on_with_the_draws_where_it_was(tmp_path):
 
 def test_a_crop_reloads_from_its_config():
     crop = RandomCrop(2, value_range=(0, 1), fill_value=0, seed=3)
-    assert RandomCrop.from_config(crop.get_config()).get_config() == crop.get_config()
+    again = RandomCrop.from_config(crop.get_config()).get_config()
+    assert {"padding": 2, "value_range": (0, 1), "fill_value": 0, "seed": 3}.items() <= again.items()
 
 
 # --- crop and flip ---
@@ -509,7 +515,8 @@ def test_an_exported_saved_model_has_no_augmentation_in_it(tmp_path):
     model = mean_output(RandAugment(magnitude=14))
     model.export(tmp_path / "export", verbose=False)
     serve = tf.saved_model.load(tmp_path / "export").signatures["serving_default"]
-    operations = {operation.type for operation in serve.graph.get_operations()}
+    operations = {node.op for function in serve.graph.as_graph_def().library.function for node in function.node_def}
+    assert "MatMul" in operations
     assert not any("Random" in operation or "Gather" in operation for operation in operations)
     images = np.full((2, 4, 4, 3), 10.0, "float32")
     np.testing.assert_allclose(next(iter(serve(tf.constant(images)).values())), [[10.0], [10.0]], rtol=1e-5)

@@ -42,8 +42,8 @@ for name in ("optimizer", "wrappers"):
 """
 
 
-@on_torch
-def test_what_torch_has_trained_gives_the_same_outputs_on_tensorflow_and_jax(tmp_path):
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="the others load what they save on TensorFlow")
+def test_what_is_trained_gives_the_same_outputs_on_another_backend(tmp_path):
     sgd = keras.optimizers.SGD(0.01, momentum=0.9)
     models = {
         "optimizer": trained(kc.PruningOptimizer(sgd, kc.ConstantSparsity(0.5, 0))),
@@ -52,7 +52,7 @@ def test_what_torch_has_trained_gives_the_same_outputs_on_tensorflow_and_jax(tmp
     np.save(tmp_path / "images.npy", images())
     for name, model in models.items():
         model.save(tmp_path / f"{name}.keras")
-    for backend in ("tensorflow", "jax"):
+    for backend in ("tensorflow", "jax") if BACKEND == "torch" else ("tensorflow",):
         environment = {"KERAS_BACKEND": backend, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
         command = [sys.executable, "-W", "ignore", "-c", LOAD]
         done = subprocess.run(command, env=os.environ | environment, cwd=tmp_path, capture_output=True, text=True)

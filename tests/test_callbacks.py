@@ -169,6 +169,9 @@ def test_an_augmentation_that_the_model_does_not_contain_is_refused_if_it_has_an
 def test_an_augmentation_outside_of_any_model_may_be_driven_and_one_in_a_distiller():
     augment, model = kc.RandAugment(14), net()
     model.compile("sgd", LOSS)
+    with pytest.warns(UserWarning, match=r"Nothing is augmented yet by 'rand_augment.*Put it into the model"):
+        model.fit(*data(), verbose=0, callbacks=[kc.MagnitudeScheduler(augment, lambda step: 9)])
+    augment(data()[0])  # as `map` does
     model.fit(*data(), verbose=0, callbacks=[kc.MagnitudeScheduler(augment, lambda step: 4)])
     assert float(augment.magnitude) == 4
     distiller = kc.Distiller(net(), net(), augment=keras.Sequential([augment]), num_candidates=1)
@@ -300,6 +303,7 @@ class Restore(keras.callbacks.Callback):
 
 def test_the_magnitude_is_that_of_a_restored_step_before_the_first_batch():
     augment, seen = kc.RandAugment(0, seed=0), []
+    augment(data()[0])
     model = keras.Sequential([keras.Input((8, 8, 3)), net()])
     model.compile("sgd", LOSS)
     weaken = kc.MagnitudeScheduler(augment, lambda step: 14 if step < 20 else 4)

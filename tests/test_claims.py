@@ -127,6 +127,7 @@ def test_readme_shows_the_table_that_the_rows_make():
     assert "| 3 |" in table  # Figure 2's n, at least
     assert table in README.read_text()
     assert regrets.table() in README.read_text()
+    assert ("best single constant" in README.read_text()) == bool(regrets.table())
 
 
 def test_all_figures_and_the_table_are_made_of_rows_alone(tmp_path, monkeypatch, capsys):

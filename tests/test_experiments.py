@@ -248,7 +248,9 @@ def test_what_is_compiled_serves_the_next_run_and_changes_nothing(tmp_path):
     def weights(folder, **changes):
         run = run_of(folder, magnitude=9, **changes)
         net = one_layer(run)
-        training.trained(run, net)
+        result = training.trained(run, net)
+        images, labels = training.data_of(run).test
+        assert result["test_last"] == pytest.approx(np.mean(net.predict(images, verbose=0).argmax(1) == labels))
         return np.concatenate([w.ravel() for w in net.get_weights()])
 
     training._COMPILED.clear()

@@ -234,6 +234,8 @@ def test_litert_file_computes_the_same_and_shrinks_by_itself(tmp_path):
     with pytest.raises(ValueError, match=r"ends in '\.tflite'"):
         export_litert(model, tmp_path / "net")
     assert everything_in(tmp_path) == before
+    assert export_litert(model, tmp_path / "dense.tflite", overwrite=True) == report
+    assert (tmp_path / "dense.tflite").read_bytes() == before["net.tflite"]
 
 
 def dense_network(block_size=(1, 1), sparsity=0.8):
@@ -337,9 +339,12 @@ def test_a_convolutional_network_in_int8_keeps_its_batch_norm_and_answers(tmp_pa
 def test_an_int8_file_that_lost_too_much_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(litert, "run", lambda file, named: {"output_0": 1.3 * outputs(model, named["images"])})
     model = dense_network()
-    with pytest.raises(RuntimeError, match=r"differ by 0\.3 .*rounding explains 0\.25\. Pass more `images`"):
-        export_litert(model, tmp_path / "net.tflite", images=images(8, 64), quantize="int8")
-    assert not everything_in(tmp_path)
+    for before in ({}, {"net.tflite": b"old", "net.tflite.json": b"older"}):
+        for name, content in before.items():
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(RuntimeError, match=r"differ by 0\.3 .*rounding explains 0\.25\. Pass more `images`"):
+            export_litert(model, tmp_path / "net.tflite", images=images(8, 64), quantize="int8", overwrite=True)
+        assert everything_in(tmp_path) == before
 
 
 @pytest.mark.tensorflow_only  # says the same on every backend

@@ -265,6 +265,7 @@ def test_its_config_round_trips_and_a_lambda_is_refused():
     config = optimizer.get_config()
     again = kc.PruningOptimizer.from_config(json.loads(json.dumps(config)))
     assert again.get_config() == config
+    assert again.rule == optimizer.rule
     assert isinstance(again.inner_optimizer, keras.optimizers.AdamW)
     assert again.pruning_schedule.get_config() == optimizer.pruning_schedule.get_config()
     with pytest.raises(ValueError, match="a lambda as allow of 'p'"):
@@ -421,6 +422,7 @@ def test_what_the_inner_optimizer_shall_not_decay_stays():
     kernel, bias = keras.Variable(np.ones((2, 2)), name="kernel"), keras.Variable(np.ones(2), name="bias")
     optimizer.apply([ops.zeros((2, 2)), ops.zeros(2)], [kernel, bias])
     np.testing.assert_array_equal(ops.convert_to_numpy(bias), 1)
+    assert ops.convert_to_numpy(kernel).max() < 1
 
 
 def test_moving_averages_that_are_swapped_in_are_as_sparse_as_the_weights():

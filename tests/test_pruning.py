@@ -703,6 +703,8 @@ def test_get_prunable_weights_decides_for_a_custom_layer():
     pruned.fit(np.ones((8, 4)), np.ones((8, 3)), verbose=0, callbacks=[kc.UpdatePruningStep()])
     assert kc.sparsity(pruned) == 0.5
     assert np.count_nonzero(keras.ops.convert_to_numpy(pruned.layers[0].layer.other)) == 9
+    with pytest.warns(UserWarning, match=r"matrix'\] are pruned.*`PruningOptimizer\(optimizer, allow="):
+        kc.prune_now(model, 0.5)
 
 
 def test_a_custom_layer_that_does_not_say_what_to_prune_stays_dense_with_a_warning():
@@ -777,6 +779,12 @@ def test_summaries_write_sparsity_and_threshold_of_every_kernel(tmp_path):
 # --- bad input ---
 
 
+def with_nan():
+    model = keras.Sequential([keras.Input((2,)), layers.Dense(2, use_bias=False)])
+    model.set_weights([np.full((2, 2), np.nan)])
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -801,6 +809,12 @@ def test_summaries_write_sparsity_and_threshold_of_every_kernel(tmp_path):
         ),
         (lambda: kc.prune_low_magnitude("resnet"), ValueError, "Received: layer='resnet'"),
         (lambda: kc.strip_pruning(layers.Dense(2)), ValueError, "needs a Keras 3 model"),
+        (lambda: kc.prune_now(layers.Dense(2), 0.5), ValueError, "needs a Keras 3 model"),
+        (lambda: kc.prune_now(small_net(), 60), ValueError, "Received: sparsity=60.*divide it by 100"),
+        (lambda: kc.prune_now(small_net(), 0.5, scope="all"), ValueError, "Received: scope='all'"),
+        (lambda: kc.prune_now(kc.prune_low_magnitude(small_net()), 0.5), ValueError, "Use `strip_pruning` first"),
+        (lambda: kc.prune_now(keras.Sequential([keras.Input((2,))]), 0.5), ValueError, "no prunable kernel"),
+        (lambda: kc.prune_now(with_nan(), 0.5), ValueError, "kernel' holds NaN or infinite weights"),
         (lambda: kc.sparsity(layers.ReLU()), ValueError, "no prunable kernel"),
         (lambda: kc.PruningSummaries(""), ValueError, "non-empty"),
         (lambda: kc.prune_low_magnitude(small_net(), schedule=None), TypeError, "schedule"),

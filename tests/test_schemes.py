@@ -90,6 +90,15 @@ def test_schemes_train_in_the_order_and_with_the_magnitudes_of_the_paper(scheme,
     assert result == "small"
 
 
+def test_a_fit_that_lets_a_pruned_network_grow_dense_gets_a_warning():
+    def prune(dense):
+        return kc.prune_now(dense, 0.5)
+
+    schemes = {"shrink": prune, "fit": fit, "strong": 14, "weak": 4}
+    with pytest.warns(UserWarning, match=r"50\.\d% were zero, and .*compile with `PruningOptimizer\(optimizer\)`"):
+        kc.inherit(lived_in(tiny()), **schemes)
+
+
 def test_baseline_a_starts_from_the_initial_weights_of_the_small_network():
     small = FAMILIES["resnet"]()
     started = []

@@ -119,6 +119,7 @@ def test_masks_equal_tfmots_at_every_step_and_weights_at_the_end(tfmots, name, c
     theirs = arrays(tfmots / f"{name}.npz")
     masks, kernels = train(CASES[name], arrays(tfmots / "start.npz"), carrier)
     assert len(masks) == STEPS
+    assert len(kernels) == 2
     for i, kernel in enumerate(kernels):
         expected = theirs[f"masks{i}"]
         for step, mask in enumerate(masks):
