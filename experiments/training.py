@@ -1,6 +1,6 @@
 """The paper's recipe: networks, augmentation, and a training that goes on where a killed process left it.
 
-Nothing here reads a flag; what is done depends on the run. Checkpoints are read and written here alone.
+Nothing here reads a flag; what is done depends on the run. `keeper` reads and writes the checkpoints.
 """
 
 import dataclasses

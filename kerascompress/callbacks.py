@@ -233,9 +233,7 @@ class MagnitudeScheduler(StepCallback):
                 f"Received: {magnitude} at step {step}. If yours is a fraction, multiply it by 30."
             )
         if magnitude != self._assigned:
-            _ = (
-                self.model
-            )  # brings the variables back from the train loop on the JAX backend, which would overwrite them
+            _ = self.model  # on JAX: brings the state back, which would overwrite the magnitude
             self.augment.magnitude.assign(magnitude)
             self._assigned = magnitude
 

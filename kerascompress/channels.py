@@ -91,7 +91,7 @@ def prune_channels(
 
 
 def _makers(followed: Followed):
-    """Each kernel that makes channels or filters them: its layer and variable, the axis, and the labels on it."""
+    """Each kernel that makes channels or filters them: layer, variable, axis, labels on it, whether it makes them."""
     for layer, cut in followed.cuts.values():
         for name in KERNELS:
             if name in cut.axes:
@@ -275,11 +275,7 @@ def _check(model, sparsity, importance, scope, round_to, images) -> None:
         )
     if not model.built:
         raise ValueError(f"Build or call the model before pruning it. Received: {model.name!r}, which is not built.")
-    if not graph.has_calls(model):
-        raise ValueError(
-            f"The inputs of {model.name!r} are not known, as it is a Sequential model that does not begin with one "
-            "tensor. Make it with the Functional API."
-        )
+    graph.check_calls(model)
     if any(isinstance(layer, PruneLowMagnitude) for layer in graph.walk(model)):
         raise ValueError(f"Model {model.name!r} is pruned by wrappers. Use `strip_pruning` first.")
     if not 0 <= sparsity < 1:

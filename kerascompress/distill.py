@@ -49,7 +49,7 @@ class Distiller(keras.Model):
             loading a `.keras` file and before `fit`.
 
     Metrics in training, beside those of `compile`: `student_loss` (cross-entropy), `distillation_loss` (with its τ²),
-    `chosen_magnitude` (mean over the chosen images, where `augment` is or ends in a `RandAugment`) and `first_kept`
+    `chosen_magnitude` (mean over the chosen images, where `augment` is, or holds, a `RandAugment`) and `first_kept`
     (share of images whose first candidate was chosen: 1 / num_candidates if the choice were random).
 
     Raises:
@@ -256,7 +256,7 @@ class Distiller(keras.Model):
         Returns:
             A dictionary: `images` `(num_candidates, batch, ...)`; `teacher_logits` `(num_candidates, batch, classes)`;
             `teacher_loss` and `divergence`, of Equation 6, `(num_candidates, batch)`; `chosen`, int32 `(batch,)`; and
-            `magnitude` `(num_candidates, batch)` if `augment` is, or ends in, a `RandAugment`. Where the divergence
+            `magnitude` `(num_candidates, batch)` if `augment` is, or holds, a `RandAugment`. Where the divergence
             cannot change the choice, the student does not run and it is 0.
         """
         self._update_teacher()

@@ -227,11 +227,7 @@ def _check_and_strip(model, images) -> tuple[keras.Model, list[np.ndarray], dict
             f"Received: {model.name!r} of type {type(model).__name__}. Export one around it: "
             "`inputs = keras.Input(shape)`, then `keras.Model(inputs, model(inputs))`."
         )
-    if not graph.has_calls(small):
-        raise ValueError(
-            f"The inputs of {model.name!r} are not known, as it is a Sequential model that does not begin with one "
-            "tensor. Make it with the Functional API."
-        )
+    graph.check_calls(small)
     check_countable(small)
     batches = _batches(small, images)
     try:

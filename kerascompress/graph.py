@@ -1,4 +1,4 @@
-"""Walks, copies and rebuilds Keras models; the only module that opens Keras' private doors.
+"""Walks, copies and rebuilds Keras models; most of Keras' private doors are opened here.
 
 Keras has no copy that works for every model: `clone_model` goes layer by layer and forgets weights and names of inputs,
 `copy.deepcopy` saves and loads and so needs every class registered.
@@ -115,6 +115,15 @@ def is_graph(layer: Any) -> bool:
 def has_calls(layer: Any) -> bool:
     """Whether the calls of its layers are known too: not of a Sequential model that begins with a dictionary."""
     return is_graph(layer) and _function(layer) is not None
+
+
+def check_calls(model: keras.Model) -> None:
+    """Raises a ValueError unless the calls of a Functional or Sequential model's layers are known."""
+    if not has_calls(model):
+        raise ValueError(
+            f"The inputs of {model.name!r} are not known, as it is a Sequential model that does not begin with one "
+            "tensor. Make it with the Functional API."
+        )
 
 
 def leaves(model: keras.Model) -> list[keras.Layer]:

@@ -166,7 +166,7 @@ def move(operation: Any, tensor: Tensor, node: Any) -> Move | None:
         if len(out.shape) != each.ndim or any(out.shape[axis] is None for axis in out.axes):
             return None
         index_of_source = index.ravel()[each]
-        take = _as_take(source, index_of_source, out)
+        take = _as_take(source, index_of_source)
         if not _may_move(operation, tensor, out, take):
             return None
         if len(out.axes) > 1:
@@ -215,7 +215,7 @@ def _may_move(operation, tensor: Tensor, out: Tensor, take: np.ndarray | None) -
     return turns if several else take is not None
 
 
-def _as_take(source: Tensor, index: np.ndarray, out: Tensor) -> np.ndarray | None:
+def _as_take(source: Tensor, index: np.ndarray) -> np.ndarray | None:
     """Which channels of the source these positions are, if they are whole channels in their places."""
     axis, sizes = source.axis, _sizes(source)
     if index.ndim != len(sizes) or any(

@@ -221,8 +221,7 @@ def sparsity(model: keras.Layer) -> float:
     kernels = effective_kernels(model)
     if not kernels:
         raise _no_kernels(model)
-    weights = sum(kernel.size for kernel in kernels)
-    return float((weights - sum(np.count_nonzero(kernel) for kernel in kernels)) / weights)
+    return share_of_zeros(kernels)
 
 
 # --- helpers ---
@@ -252,6 +251,11 @@ def _chosen_layers(model: keras.Model, policy: Any) -> set[int]:
             f"`get_prunable_weights()`. Received: pruning_policy={policy!r}."
         )
     return chosen
+
+
+def share_of_zeros(kernels: list[np.ndarray]) -> float:
+    weights = sum(kernel.size for kernel in kernels)
+    return float((weights - sum(np.count_nonzero(kernel) for kernel in kernels)) / weights)
 
 
 def check_countable(model: keras.Layer) -> None:

@@ -356,14 +356,12 @@ def on_scale(images, value_range, name):
 
 
 def _on_cpu() -> bool:
-    """Whether what is being traced will run on a processor; of no consequence where nothing is compiled."""
+    """Whether what is being traced, on TensorFlow or JAX, will run on a processor."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
         return inside_tf_data() or not tf.config.list_logical_devices("GPU")
-    if keras.backend.backend() == "jax":
-        return not any(device.startswith(("gpu", "cuda", "tpu")) for device in keras.distribution.list_devices())
-    return True
+    return not any(device.startswith(("gpu", "cuda", "tpu")) for device in keras.distribution.list_devices())
 
 
 _VIEWS = contextvars.ContextVar("views", default=1)  # replicas are threads of their own

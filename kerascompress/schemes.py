@@ -10,13 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-import numpy as np
 
 from kerascompress import graph
 from kerascompress.models.mobilenet_v2 import inverted_residual
 from kerascompress.models.resnet import basic_block
 from kerascompress.models.shufflenet_v2 import shuffle_unit
-from kerascompress.pruning import effective_kernels
+from kerascompress.pruning import effective_kernels, share_of_zeros
 from kerascompress.wrapper import wrappers_in
 
 Fit = Callable[[keras.Model, float | None], Any]  # fit(model, magnitude); None is no RandAugment
@@ -286,7 +285,7 @@ def _fit_small(small: keras.Model, fit: Fit, magnitude: float | None) -> None:
 def _zeros(model: Any) -> float:
     """The share of zeros in the kernels of a model, 0 where there are none."""
     kernels = effective_kernels(model) if isinstance(model, keras.Model) else []
-    return 1 - sum(map(np.count_nonzero, kernels)) / max(sum(kernel.size for kernel in kernels), 1) if kernels else 0.0
+    return share_of_zeros(kernels) if kernels else 0.0
 
 
 def _block_before(x) -> Callable[..., Any]:
