@@ -19,6 +19,7 @@ from keras.src.applications.convnext import LayerScale, StochasticDepth
 from keras.src.models import Functional
 from keras.src.saving.serialization_lib import SafeModeScope
 
+ACTIVATIONS = {id(each) for each in vars(keras.activations).values()}  # which Keras knows by their names
 CONVNEXT_LAYERS = (LayerScale, StochasticDepth)  # in no public module
 
 # Values of attributes that hold no layers and may be shared.
@@ -294,8 +295,7 @@ def config_of(layer: keras.Layer) -> dict[str, Any]:
 
 def _is_own(value: Any) -> bool:
     """Whether it is something callable, no layer, that Keras does not know by a name."""
-    known = {id(each) for each in keras.activations.__dict__.values()}
-    if not callable(value) or isinstance(value, (type, keras.Layer)) or id(value) in known:
+    if not callable(value) or isinstance(value, (type, types.MethodType, keras.Layer)) or id(value) in ACTIVATIONS:
         return False
     return isinstance(value, types.FunctionType) or not type(value).__module__.startswith("keras.src.")
 

@@ -266,6 +266,11 @@ def test_what_cannot_be_copied_is_named():
         graph.copy(Unknown(layers.Dense(2), name="mine"))
 
 
+def test_a_method_that_is_called_as_a_setting_is_not_taken_for_one():
+    lookup = layers.IntegerLookup(max_tokens=9)  # has a `vocabulary_size`, and a setting of that name
+    assert graph.config_of(lookup) == lookup.get_config()
+
+
 def test_a_copy_under_another_policy_computes_in_it():
     copy = graph.copy(functional(), dtype="mixed_bfloat16")
     assert keras.backend.standardize_dtype(copy(data()).dtype) == "bfloat16"
