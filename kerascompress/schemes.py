@@ -274,10 +274,11 @@ def discard(model: keras.Model) -> keras.Model:
 def _fit_small(small: keras.Model, fit: Fit, magnitude: float | None) -> None:
     before = _zeros(small)
     fit(small, magnitude)
-    if before > 0.01 and _zeros(small) < before - 1e-3:
+    after = _zeros(small)
+    if before > 0.01 and after < before - 1e-3:
         warnings.warn(
-            f"`fit` has made the pruned network dense: of its weights {before:.1%} were zero, and {_zeros(small):.1%} "
-            "are. Have it compile with `PruningOptimizer(optimizer)`, which keeps zeros.",
+            f"`fit` has made the pruned network dense: of its weights {before:.1%} were zero, and {after:.1%} are. "
+            "Have it compile with `PruningOptimizer(optimizer)`, which keeps zeros.",
             stacklevel=3,
         )
 
