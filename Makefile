@@ -5,7 +5,7 @@ BIN := .venv/bin
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help install demo evidence-small test test-quick test-tensorflow test-jax test-torch bench-gpu lint format clean
+.PHONY: help install demo evidence-small docs test test-quick test-tensorflow test-jax test-torch bench-gpu lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -29,6 +29,10 @@ EVIDENCE := --dataset=cifar10 $(DATA_DIR:%=--data_dir=%) --image_size=16 --train
 evidence-small: install  ## Figure 1 at the scale of README's figure, one seed; goes on where it was stopped
 	$(BIN)/python -m experiments.fig1_magnitude_search $(EVIDENCE) --seeds=$(or $(SEEDS),0) --workers=auto \
 		--results=evidence/small_fig1.jsonl --checkpoints=evidence/checkpoints
+
+docs: install  ## build the site, guides and reference, into build/docs
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs build/docs
 
 test: test-tensorflow test-jax  ## run the tests on the TensorFlow and the JAX backend
 

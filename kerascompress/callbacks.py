@@ -244,7 +244,8 @@ class PruningSummaries(keras.callbacks.TensorBoard):
     Args:
         log_dir: Folder for the event files; the pruning scalars go to its subfolder `metrics`, by the step that the
             masks follow.
-        update_freq, **kwargs: See `keras.callbacks.TensorBoard`.
+        update_freq: See `keras.callbacks.TensorBoard`.
+        **kwargs: Passed to it.
 
     Raises:
         ValueError: If `log_dir` is not a non-empty path.

@@ -8,8 +8,8 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-LONG = "adaptive adaptive_experiments augment channels devices distill experiments export image_ops keras_cv keras_hub"
-LONG += " masks models optimizer pruning readme schemes teacher_filter trajectory"
+LONG = "adaptive adaptive_experiments augment channels devices distill docs experiments export image_ops keras_cv"
+LONG += " keras_hub masks models optimizer pruning readme schemes teacher_filter trajectory"
 IN_OTHERS = ("test_experiments", "test_inherit_experiments")  # processes, with the same last bits
 QUICK_XLA = "xla_cpu_use_fusion_emitters"  # without them XLA compiles in two thirds of the time
 IN_ONE_PART = "--xla_cpu_parallel_codegen_split_count=1"  # and small programs as a whole sooner than in parts
