@@ -178,11 +178,6 @@ def outcome(run):
 # The study
 
 
-def line(sparsity):
-    magnitude = round(14.6 - 17 * sparsity, 2)
-    return magnitude if magnitude >= 0 else None
-
-
 def is_none(run):
     """Whether the line has come below 0: the same training as without RandAugment, which the run comes after."""
     return run.arm == "line" and run.magnitude is None
@@ -194,7 +189,7 @@ def settings(arm, sparsity):
     if not re.fullmatch(r"-?0?\.\d+|" if name in ("accuracy", "gap") else "", target) or arm in ("accuracy", "gap"):
         raise ValueError(f"--arms takes a set-point for accuracy and gap alone, such as gap=0.15. Received: {arm}.")
     if name not in MOVED:
-        return {"arm": arm, "magnitude": line(sparsity) if name == "line" else None}
+        return {"arm": arm, "magnitude": regrets.line(sparsity) if name == "line" else None}
     step = flags.step()
     arm = arm if step == 0.5 else f"{arm},step={step:g}"
     return {"arm": arm, "magnitude": 0.0, "target": float(target) if target else None, "step": step}

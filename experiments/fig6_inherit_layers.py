@@ -10,7 +10,7 @@ Baseline-B leads Baseline-A.
 Measured: with a network that overfits (1,000 images of CIFAR-10 at 16x16, ResNet-8, 100 epochs a stage, strong 9, weak
 6; mean ± std, n = 15) inherit 50.39 ± 0.79 and Baseline-B 50.38 ± 0.88 cannot be told apart, nor can plain 50.91 ±
 0.89, and Baseline-A 51.32 ± 0.78 beats Baseline-B, by 0.94 ± 1.24 points. The rows are in results/small_fig6.jsonl. The
-paper's order is also reversed with a network that underfits (ResNet-8 of 8 filters, 1,500 images of CIFAR-10, 10 epochs
+paper's order is reversed with a network that underfits (ResNet-8 of 8 filters, 1,500 images of CIFAR-10, 10 epochs
 a stage, strong 14, weak 4; 10 min on two busy cores). Test accuracy, mean ± std (n = 3): inherit 35.16 ± 1.84,
 Baseline-A 39.72 ± 0.84, Baseline-B 37.48 ± 1.18, plain 41.40 ± 1.65. The rows are in results/fig6_cifar10.jsonl.
 

@@ -26,7 +26,7 @@ absl_flags.DEFINE_enum(
     "test_last",
     ["test_last", "test_best", "validation_last", "validation_best"],
     "Accuracy to show: of the last epoch, or of the epoch that is best on the validation images. Seeds from "
-    f"{claims.CHOOSING} on choose magnitudes: theirs is always validation_last.",
+    f"{claims.CHOOSING} on choose magnitudes: theirs is always validation_last, but in the adaptive study.",
 )
 absl_flags.DEFINE_boolean("all", False, "Draw all files of rows in experiments/results/, and print the verdicts.")
 SETTING = ("dataset", "model", "train_images", "epochs", "batch_size", "learning_rate", "smoke", "augmenter")
@@ -55,7 +55,7 @@ def settings(rows):
 
 
 def chooses(row):
-    return row["seed"] >= claims.CHOOSING
+    return row["seed"] >= claims.CHOOSING and row["figure"] != "adaptive"  # whose rules are compared on test images
 
 
 def shown_accuracy(row):
@@ -154,8 +154,8 @@ def curves(axes, arms):
         mean = {None if arm == "none" else places[arm]: accuracy for arm, (accuracy, *_) in cells.items()}
         if None in mean and len(mean) > 1:
             found = kc.search_magnitude(mean.get, [m for m in mean if m is not None], verbose=0)
-            best = None if found.maximal is None else found.optimal  # no magnitude is as good as none
-            print(f"p = {p:g}: optimal magnitude {found.optimal}, maximal {found.maximal}")
+            best = found.optimal if mean[found.optimal] > mean[None] else None  # of equals the weakest, as in `claims`
+            print(f"p = {p:g}: optimal magnitude {best}, maximal {found.maximal}")
             for magnitude, marker, face in ((best, "*", None), (found.maximal or best, "o", "none")):
                 x, colour = -2 if magnitude is None else magnitude, axes.lines[-1].get_color()
                 axes.plot(x, mean[magnitude], marker, markersize=16, markerfacecolor=face or colour, color=colour)
@@ -163,8 +163,22 @@ def curves(axes, arms):
     axes.set_xlabel("magnitude M (star: optimal, ring: maximal)")
 
 
+def dots(axes, arms):
+    """Draws by how much each arm leads none, a row an arm, a marker for each ratio."""
+    names = [arm for arm in arms if arm != "none"]
+    for p, style in zip(sorted(arms["none"]), STYLES, strict=False):
+        leads = {arm: arms[arm][p][0] - arms["none"][p][0] for arm in names if p in arms[arm]}
+        counts = {arms[arm][p][2] for arm in leads}
+        label = f"p = {p:g} (n = {'–'.join(map(str, sorted({min(counts), max(counts)})))})"
+        axes.plot([*leads.values()], [names.index(arm) for arm in leads], label=label, **style | {"linestyle": "none"})
+    axes.axvline(0, color="#888888", linewidth=1)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("points over none, mean over the seeds")
+
+
 FIGURES = {"fig1": curves, "fig2": curves, "fig3": lines, "fig4": lines, "fig6": columns, "fig7": columns}
-FIGURES |= {"demo": lines, "adaptive": lines}
+FIGURES |= {"demo": lines, "adaptive": dots}
 
 
 def draw(figure, rows):
@@ -175,11 +189,13 @@ def draw(figure, rows):
         axes.set_prop_cycle(STYLES)
         accuracy = shown_accuracy(panel[0])
         FIGURES[figure](axes, statistics(panel, accuracy))
-        axes.set_ylabel(f"{accuracy.partition('_')[0]} accuracy (%)")
+        of_means = FIGURES[figure] is not dots
+        axes.set_ylabel(f"{accuracy.partition('_')[0]} accuracy (%)" if of_means else "")
         wrapped = (textwrap.fill(line, 64) for line in title(panel).splitlines())
         axes.set_title("\n".join(wrapped), fontsize="medium")
         axes.grid(alpha=0.3)
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, title="mean ± std", alignment="left")
+        meaning = "mean ± std" if of_means else f"{accuracy.partition('_')[0]} accuracy"
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, title=meaning, alignment="left")
     return canvas
 
 
@@ -187,9 +203,13 @@ def magnitudes(rows):
     """Returns a figure of M over the epochs: a panel for each rule that moves it, a line for each ratio."""
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     ratios = sorted({row["sparsity"] for row in rows})
-    figure = matplotlib.figure.Figure(figsize=(4.2 * len(arms), 3.6), layout="constrained", dpi=150)
+    shape = -(-len(arms) // 3), min(len(arms), 3)
+    figure = matplotlib.figure.Figure(figsize=(4.2 * shape[1], 3.6 * shape[0]), layout="constrained", dpi=150)
     figure.suptitle(title(rows), fontsize="medium")
-    for axes, arm in zip(figure.subplots(1, len(arms), sharey=True, squeeze=False)[0], arms, strict=True):
+    panels = figure.subplots(*shape, sharey=True, squeeze=False).ravel()
+    for axes in panels[len(arms) :]:
+        axes.remove()
+    for axes, arm in zip(panels, arms, strict=False):
         for p, magnitude in PAPER.items():
             axes.axhline(magnitude, color="#cccccc", linestyle="--", linewidth=1, zorder=0)
             if axes is figure.axes[0]:
@@ -241,8 +261,13 @@ def show(figure, rows, out):
 def main(_):
     if FLAGS.all == (FLAGS.results is not None):
         raise app.UsageError("Name the file of rows with --results, or draw them all with --all.")
+    of_settings = {files[0]: files for _, *files in regrets.SETTINGS}
     for path in sorted(claims.RESULTS.glob("*.jsonl")) if FLAGS.all else [pathlib.Path(FLAGS.results)]:
         rows = runs.read_rows(path)
+        if FLAGS.all and not rows:
+            continue  # a study that has just begun
+        if FLAGS.all and path.stem in of_settings:
+            rows = regrets.rows_of(*of_settings[path.stem]) or rows  # Figure 1's constants too
         if not rows or rows[0]["figure"] not in FIGURES:
             raise app.UsageError(f"{path} holds no row of a figure.")
         show(rows[0]["figure"], rows, path.with_suffix(".png") if FLAGS.out is None else pathlib.Path(FLAGS.out))

@@ -12,6 +12,7 @@ import numpy as np
 from scipy import stats
 
 from experiments import claims, runs
+from kerascompress import adaptive
 
 DEVELOPING = (  # name, its rows, and Figure 1's rows where the constants are there
     ("CIFAR-10, 500 images; developed on", "adaptive_500", None),
@@ -26,7 +27,14 @@ SETTINGS = (
     ("a distilled student, CIFAR-10, 1,000 images", "adaptive_distilled", None),
 )
 SEEDS = 3  # of a complete setting, at least
-RULE = "gap=0.15"  # what `kc.AdaptiveMagnitude` does by default
+RULE = f"gap={adaptive.TARGETS['gap']:g}"  # what `kc.AdaptiveMagnitude` does by default
+MEAN, LARGEST = 0.3, 1.5  # its targets, in points
+
+
+def line(sparsity):
+    """Returns the magnitude of the line through the paper's optima, None where it is below 0."""
+    magnitude = round(14.6 - 17 * sparsity, 2)
+    return magnitude if magnitude >= 0 else None
 
 
 def by_arm(rows):
@@ -46,10 +54,16 @@ def mean(cell, accuracy):
 
 
 def regrets(rows):
-    """Returns the best constant of each ratio, and `{arm: {ratio: {seed: regret in points}}}`."""
+    """Returns the best constant of each ratio, and `{arm: {ratio: {seed: regret in points}}}`.
+
+    A ratio at which all have one accuracy, that of a constant, is left out.
+    """
     table = by_arm(rows)
+    accuracies = collections.defaultdict(set)
+    for row in rows:
+        accuracies[row["sparsity"]].add(row["test_last"])
     best = {}
-    for p in sorted({row["sparsity"] for row in rows}):
+    for p in sorted(p for p, several in accuracies.items() if len(several) > 1):
         best[p] = claims.best({arm: mean(table[arm][p], "validation_last") for arm in constants(table)})
 
     def regret(row):
@@ -57,8 +71,9 @@ def regrets(rows):
         return 100 * (of_best["test_last"] - row["test_last"])
 
     return best, {
-        arm: {p: {seed: regret(row) for seed, row in cell.items()} for p, cell in sorted(cells.items())}
+        arm: regrets_of
         for arm, cells in table.items()
+        if (regrets_of := {p: {seed: regret(row) for seed, row in cells[p].items()} for p in best if p in cells})
     }
 
 
@@ -99,7 +114,11 @@ def rows_of(stem, figure_1):
         return []
     rows, *earlier = map(runs.read_rows, paths)
     asked = {(row["sparsity"], row["seed"]) for row in rows}
-    rows += [row for some in earlier for row in some if (row["sparsity"], row["seed"]) in asked]
+    alike = {name: rows[0][name] for name in ("figure", "evaluate_every") if rows and name in rows[0]}
+    taken = [row | alike for some in earlier for row in some if (row["sparsity"], row["seed"]) in asked]
+    if any(row["arm"] == "line" for row in rows):  # where it is none, `--constants` has left no row
+        taken += [row | {"arm": "line"} for row in taken if row["arm"] == "none" and line(row["sparsity"]) is None]
+    rows += taken
     cells = collections.defaultdict(set)
     for row in rows:
         cells[row["arm"]].add((row["sparsity"], row["seed"]))
@@ -127,26 +146,40 @@ def developed():
     for arm, of_settings in sorted(means.items(), key=lambda item: np.mean(item[1], axis=0)[0]):
         medians = [median for median, _ in of_settings]
         made.append([arm, *(f"{each:.2f}" for each in (*medians, *np.mean(of_settings, axis=0)))])
-    return markdown(made)
+    return markdown(made).replace("-0.", "−0.")
+
+
+def missed(cells, rivals):
+    """Returns by how much the rule misses its targets: of the mean, of the largest, and to be below each rival's."""
+    average, _, _, largest = over_ratios(cells[RULE])
+    lower = {arm: over_ratios(cells[arm])[0] for arm in rivals}
+    over = [f"{MEAN} by {average - MEAN:.2f}"] if average > MEAN else []
+    over += [f"largest {LARGEST} by {largest - LARGEST:.2f}"] if largest > LARGEST else []
+    over += [f"{claims.spaced(arm)} by {average - its:.2f}" for arm, its in lower.items() if its <= average]
+    return "missed: " + ", ".join(over) if over else "met"
 
 
 def table():
     """Returns what each complete setting says, as a Markdown table: regrets against tuning for each ratio."""
-    made = [["setting", "tuned for each ratio: accuracy (trainings)", "none", "TrivialAugment", "best single constant"]]
-    made[0] += ["AdaptiveMagnitude (1 training)", "n"]
+    made = [
+        ["mean regret ± half of its 95 % t interval, largest", "tuned for each ratio: accuracy (trainings)", "none"]
+    ]
+    made[0] += ["TrivialAugment", "best single constant", "AdaptiveMagnitude (1 training)", "its targets", "n"]
     for name, *files in SETTINGS:
         rows = rows_of(*files)
-        if not rows:
-            continue
         found, (best, cells) = by_arm(rows), regrets(rows)
+        if RULE not in cells:  # the rows are not complete, or of other rules
+            continue
         single = claims.best(
             {arm: np.mean([mean(found[arm][p], "validation_last") for p in best]) for arm in constants(found)}
         )
         accuracy = 100 * np.mean([mean(found[arm][p], "test_last") for p, arm in best.items()])
         entries = []
-        for arm in ("none", "trivial", single, RULE):
+        for i, arm in enumerate(("none", "trivial", single, RULE)):
             average, half, n, largest = over_ratios(cells[arm])
             shown = f"{average:+.2f} ± {half:.2f}, largest {largest:+.2f}".replace("-", "−")
-            entries.append(f"{claims.spaced(arm)}: {shown}" if arm == single else shown)
-        made.append([name, f"{accuracy:.2f} ({len(constants(found))} a ratio)", *entries, str(n)])
+            entries.append(f"{claims.spaced(arm)}: {shown}" if i == 2 else shown)
+        name += "".join(f"; p = {p:g} is at chance" for p in sorted(found["none"].keys() - best.keys()))
+        tuned = f"{accuracy:.2f} ({len(constants(found))} magnitudes x {n} seeds a ratio)"
+        made.append([name, tuned, *entries, missed(cells, ["trivial", *constants(found)]), str(n)])
     return markdown(made) if len(made) > 1 else ""

@@ -159,9 +159,40 @@ def test_the_table_of_all_settings_is_made_of_their_rows_and_of_figure_1s(tmp_pa
     t = 4.303 * np.std([3, 2, 1], ddof=1) / 3**0.5
     ours = f"+2.00 ± {t:.2f}, largest +2.00"
     assert last == (
-        "| CIFAR-10, 1,000 images | 60.00 (2 a ratio) | +10.00 ± 0.00, largest +10.00 "
-        f"| {ours} | M = 4: +0.00 ± 0.00, largest +0.00 | {ours} | 3 |"
+        "| CIFAR-10, 1,000 images | 60.00 (2 magnitudes x 3 seeds a ratio) | +10.00 ± 0.00, largest +10.00 "
+        f"| {ours} | M = 4: +0.00 ± 0.00, largest +0.00 | {ours} "
+        "| missed: 0.3 by 1.70, largest 1.5 by 0.50, trivial by 0.00, M = 4 by 2.00 | 3 |"
     )
+
+
+def test_constants_of_figure_1_serve_the_line_too_where_it_is_without_augmentation(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "RESULTS", tmp_path)
+    ratios, seeds = (0.6, 0.9), range(3)
+
+    def rows(arm, test, p):
+        return [row_of(arm, seed, test, test + 0.001 * seed, p) for seed in seeds]
+
+    given = [row for p in ratios for arm, v in (("none", 0.5), ("M=4", 0.4)) for row in rows(arm, v, p)]
+    taken = [row for p in ratios for arm in ("trivial", regrets.RULE) for row in rows(arm, 0.5, p)]
+    trained = taken + rows("line", 0.45, 0.6)  # at .9 it is none
+    for name, some in (("small_fig1", given), ("adaptive_1000", trained)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    _, cells = regrets.regrets(regrets.rows_of("adaptive_1000", "small_fig1"))
+    assert {p: pytest.approx(of_seeds) for p, of_seeds in cells["line"].items()} == {
+        0.6: dict.fromkeys(seeds, 5.0),
+        0.9: dict.fromkeys(seeds, 0.0),
+    }
+
+
+def test_a_ratio_at_which_all_have_one_accuracy_is_left_out_and_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "RESULTS", tmp_path)
+    tests = {"none": 0.5, "M=4": 0.6, "trivial": 0.58, regrets.RULE: 0.61}
+    rows = [row_of(arm, seed, v, v + 0.01 * seed) for arm, v in tests.items() for seed in range(3)]
+    rows += [row_of(arm, seed, 0.1, 0.1, 0.97) for arm in tests for seed in range(3)]
+    (tmp_path / "adaptive_digits.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = regrets.table().splitlines()[-1]
+    assert line.startswith("| digits, 200 images; p = 0.97 is at chance | 61.00 (2 magnitudes x 3 seeds a ratio) ")
+    assert line.endswith("| −1.00 ± 0.00, largest −1.00 | met | 3 |")
 
 
 def test_developing_ranks_by_the_median_over_the_seeds_so_that_one_broken_network_chooses_nothing(
@@ -196,7 +227,7 @@ def test_impossible_settings_are_errors(tmp_path, smoke_run, changes, message):
 
 
 def test_the_line_through_the_papers_optima_ends_in_none():
-    assert [study.line(p) for p in (0.0, 0.6, 0.9)] == [14.6, 4.4, None]
+    assert [regrets.line(p) for p in (0.0, 0.6, 0.9)] == [14.6, 4.4, None]
     with flagsaver.flagsaver():
         absl_flags.FLAGS(["test", "--dataset=digits", "--seeds=0"])
         shown = {flag.name: flag.help for flag in absl_flags.FLAGS.get_key_flags_for_module(study)}

@@ -71,6 +71,34 @@ def test_differences_without_a_spread_decide_nothing_and_are_at_chance_only_wher
     assert (verdict.mean, verdict.std, verdict.word) == (22, 0, "undecided")
 
 
+def test_a_ratio_at_which_no_network_has_learned_anything_says_nothing_of_magnitudes():
+    noisy = [0.40, 0.45, 0.41]
+    dense = [*rows_of("none", noisy), *rows_of("M=2", [0.5, 0.4, 0.45]), *rows_of("M=22", [0.3, 0.46, 0.3])]
+    dead = [row for arm in ("none", "M=2", "M=22") for row in rows_of(arm, [0.1] * 3, 0.97)]
+    for chosen in (claims.optimal, claims.maximal):
+        claim = claims.Claim("study", "falls", "Fig. 0", claims.falls(chosen), looks=(3,))
+        assert [verdict.word for verdict in claims.verdicts(claim, dense + dead)] == ["at chance"]
+
+
+def test_two_seeds_decide_nothing():
+    claim = claims.Claim("study", "strong helps", "Fig. 0", STRONG_OVER_NONE, looks=(2,))
+    (verdict,) = claims.verdicts(claim, rows_of("none", [0.4, 0.4]) + rows_of("M=14", [0.5, 0.5001]))
+    assert verdict.low > 0
+    assert verdict.word == "no verdict"
+
+
+def test_where_weak_is_not_below_strong_nothing_is_asked_of_inheriting():
+    weak = {0.6: 4, 0.9: 6, 0.97: None}  # none is below any
+    rows = [
+        row | {"magnitude": m, "strong": 6}
+        for p, m in weak.items()
+        for arm in ("inherit", "baseline-b")
+        for row in rows_of(arm, [0.4, 0.41, 0.42], p)
+    ]
+    assert [part.label for part in claims.inherits("baseline-b")(rows)] == [".6", ".97"]
+    assert claims.inherits("baseline-b")([]) == []
+
+
 def test_of_equal_constants_the_weakest_is_the_best_in_any_order_of_rows():
     for arms in (["M=14", "M=2", "none"], ["none", "M=2", "M=14"]):
         assert claims.best(dict.fromkeys(arms, 0.4) | {"none": 0.3}) == "M=2"
