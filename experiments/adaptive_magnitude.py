@@ -34,8 +34,8 @@ from absl import flags as absl_flags
 from keras import ops
 
 import kerascompress as kc
+from experiments import claims, flags, plot, regrets, runs, training
 from experiments import fig7_teacher_filter as fig7
-from experiments import flags, plot, regrets, runs, training
 
 SPARSITIES = (0.0, 0.6, 0.9, 0.97)
 MAGNITUDES = (None, 2, 4, 6, 9, 14, 22)  # None is no RandAugment
@@ -171,8 +171,7 @@ def outcome(run):
     rules = rule(run)
     if run.teacher:
         rules["around"] = distilled(rules.get("around", training.classifier))
-    pruning = {"schedule": training.ramp(run), "best_from": run.epochs // 2} if run.sparsity else {}
-    return training.trained(run, net, **pruning, **rules) | training.sizes(net)
+    return training.trained(run, net, schedule=training.ramp(run), **rules) | training.sizes(net)
 
 
 # The study
@@ -237,7 +236,7 @@ def main(_):
     rows = [row for row in planned.values() if row]
     rows += study.carry_out([run for run, row in planned.items() if not row], outcome)
     plot.show("adaptive", rows, study.out)
-    print(f"\nAgainst the best constant, named at the top:\n\n{regrets.markdown(regrets.lines(rows))}\n")
+    print(f"\nAgainst the best constant, named at the top:\n\n{claims.markdown(regrets.lines(rows))}\n")
 
 
 if __name__ == "__main__":

@@ -246,10 +246,19 @@ def by_ratio(made, text):
     return "; ".join(each + (f" at {', '.join(of)}" if len(labels) > 1 else "") for each, of in labels.items())
 
 
+def text(mean, spread, n):
+    return f"{mean:.2f} ± {'–' if spread is None else f'{spread:.2f}'} ({n})"
+
+
+def markdown(made):
+    made = [made[0], ["---"] * len(made[0]), *made[1:]]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in made)
+
+
 def table():
     """Returns the claims that have a verdict by now as a Markdown table, a line a claim."""
     head = ["the paper claims", "Figure", "difference as claimed: mean ± std [97.5 % interval]", "n", "verdict"]
-    lines = [head, ["---"] * len(head)]
+    lines = [head]
     for claim in CLAIMS:
         path = RESULTS / f"{claim.study}.jsonl"
         made = verdicts(claim, runs.read_rows(path)) if path.exists() else []
@@ -257,4 +266,4 @@ def table():
             numbers = "; ".join(verdict.text for verdict in made)
             counts, words = by_ratio(made, lambda each: str(each.n)), by_ratio(made, lambda each: f"**{each.word}**")
             lines.append([claim.paper, claim.where, numbers, counts, words])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(lines)

@@ -66,8 +66,8 @@ LAYOUTS = {
         test={"test": 10_000},
         label_key=b"fine_labels",
         num_classes=100,
-        mean=(129.30, 124.07, 112.43),
-        std=(68.17, 65.39, 70.42),
+        mean=STEMS["cifar"][1],
+        std=STEMS["cifar"][2],
     ),
 }
 

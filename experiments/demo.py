@@ -10,7 +10,7 @@ Keras or from `--data_dir`.
 Time: 24 trainings on two cores, the digits in two minutes, CIFAR-10 in twelve. `--smoke` takes half a minute.
 """
 
-import pathlib
+import functools
 
 from absl import app
 from absl import flags as absl_flags
@@ -34,16 +34,11 @@ absl_flags.adopt_module_key_flags(flags)
 def network(run):
     """Returns the network of a run, trained, and its result."""
     net = training.build_model(run)
-    schedule, moves = (training.ramp(run), None) if run.sparsity else (None, None)
+    schedule, moves = training.ramp(run), None
     if run.path:
         points = {float(p): float(m) for p, m in (point.split(":M=") for point in run.path.split())}
-        weaken = kc.SparsityLinkedMagnitude(schedule, points)
-
-        def moves(augment):
-            return kc.MagnitudeScheduler(augment, weaken)
-
-    best_from = run.epochs // 2 if run.sparsity else 0
-    return net, training.trained(run, net, schedule=schedule, moves=moves, best_from=best_from) | training.sizes(net)
+        moves = functools.partial(kc.MagnitudeScheduler, schedule=kc.SparsityLinkedMagnitude(schedule, points))
+    return net, training.trained(run, net, schedule=schedule, moves=moves) | training.sizes(net)
 
 
 def outcome(run):
@@ -92,11 +87,8 @@ def main(_):
     print(f"\n{costs(rows)}")
     if FLAGS.dataset == "digits":
         print("Digits show what strength costs a pruned network; a gain they cannot show: try DATASET=cifar10.")
-    if FLAGS.export and pathlib.Path(FLAGS.export).exists():
-        print(f"SavedModel: {FLAGS.export} is there already and stays as it is.")
-    elif FLAGS.export:
-        last = next(run for run in reversed(runs) if run.arm == "linked" and run.seed == study.seeds[0])
-        print(f"SavedModel: {FLAGS.export}\n{kc.export_saved_model(network(last)[0], FLAGS.export)}")
+    last = next(run for run in reversed(runs) if run.arm == "linked" and run.seed == study.seeds[0])
+    study.export(lambda: network(last)[0])
 
 
 if __name__ == "__main__":

@@ -34,8 +34,7 @@ absl_flags.adopt_module_key_flags(flags)
 
 def outcome(run):
     net = training.build_model(run)
-    pruning = {"schedule": training.ramp(run), "best_from": run.epochs // 2} if run.sparsity else {}
-    return training.trained(run, net, **pruning) | training.sizes(net)
+    return training.trained(run, net, schedule=training.ramp(run)) | training.sizes(net)
 
 
 def search(figure, **usual):

@@ -22,7 +22,7 @@ while the second half trains on at that ratio. A stage begins with the network o
 rate. Arms are one network while their magnitudes are the same: at ratio 0, "decayed" is its first magnitude's arm.
 """
 
-import pathlib
+import functools
 
 from absl import app
 from absl import flags as absl_flags
@@ -55,13 +55,8 @@ def network(run):
         moves = training.adapts(run, start=its_result["magnitudes"][-1])
     elif run.magnitude != run.after.magnitude:
         points = {before.sparsity: before.magnitude for before in (run.after, run)}
-        weaken = kc.SparsityLinkedMagnitude(schedule, points)
-
-        def moves(augment):
-            return kc.MagnitudeScheduler(augment, weaken)
-
-    result = training.trained(run, net, schedule=schedule, moves=moves, best_from=run.epochs // 2)
-    return net, result | training.sizes(net)
+        moves = functools.partial(kc.MagnitudeScheduler, schedule=kc.SparsityLinkedMagnitude(schedule, points))
+    return net, training.trained(run, net, schedule=schedule, moves=moves) | training.sizes(net)
 
 
 def outcome(run):
@@ -113,10 +108,7 @@ def main(_):
     if FLAGS.export and not follow:
         raise ValueError(f"--export needs the arm decayed or adaptive. Received: --arms={','.join(FLAGS.arms)}.")
     plot.show("fig3", study.carry_out(runs, outcome), study.out)
-    if FLAGS.export and pathlib.Path(FLAGS.export).exists():
-        print(f"SavedModel: {FLAGS.export} is there already and stays as it is.")
-    elif FLAGS.export:
-        print(f"SavedModel: {FLAGS.export}\n{kc.export_saved_model(network(follow[-1])[0], FLAGS.export)}")
+    study.export(lambda: network(follow[-1])[0])
 
 
 if __name__ == "__main__":

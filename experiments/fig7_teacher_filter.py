@@ -37,7 +37,7 @@ from absl import app
 from absl import flags as absl_flags
 
 import kerascompress as kc
-from experiments import flags, keeper, plot, training
+from experiments import claims, flags, keeper, plot, training
 
 RANDOM = (0, 30)
 ARMS = {  # the magnitude, and how the Distiller selects
@@ -95,9 +95,8 @@ def distil(run):
     """Returns the student of a run, its teacher, that one's test accuracy, and the result."""
     teacher, teacher_test = load_teacher(run)
     student = training.build_model(run)
-    pruning = {"schedule": training.ramp(run), "best_from": run.epochs // 2} if run.sparsity else {}
-    around = lambda run, student, stage: make_distiller(run, student, teacher)  # noqa: E731
-    return student, teacher, teacher_test, training.trained(run, student, around=around, **pruning)
+    around = {"around": lambda run, student, stage: make_distiller(run, student, teacher)}
+    return student, teacher, teacher_test, training.trained(run, student, schedule=training.ramp(run), **around)
 
 
 def outcome(run):
@@ -133,7 +132,7 @@ def print_costs(rows):
         print(f"| {arm} | {seconds:.1f} | {of_arm[0]['teacher_passes_per_epoch']:,} | {runs} |")
     if fixed:
         validation = {arm: np.mean([row["validation_last"] for row in by_arm[arm]]) for arm in fixed}
-        tuned = max(validation, key=validation.get)
+        tuned = claims.best(validation)
         cost = sum(np.mean([row["seconds"] for row in by_arm[arm]]) for arm in fixed)
         print(
             f"\nBaseline-B, the best of {', '.join(fixed)} on the validation images, is {tuned}; tuning: {cost:.0f} s."

@@ -5,6 +5,7 @@ import re
 
 from absl import flags, logging
 
+import kerascompress as kc
 from experiments import data as datasets
 from experiments import devices, engine, folder, training
 from experiments.runs import HERE, Run, check_writable, find, read_rows
@@ -267,6 +268,13 @@ class Study:
         engine.carry_out(todo, outcome, workers=FLAGS.workers, results=self.results)
         rows = read_rows(self.results)
         return [find(rows, run) for run in runs]
+
+    def export(self, network):
+        """Writes what `network()` returns to the folder of --export, unless something is there."""
+        if FLAGS.export and pathlib.Path(FLAGS.export).exists():
+            print(f"SavedModel: {FLAGS.export} is there already and stays as it is.")
+        elif FLAGS.export:
+            print(f"SavedModel: {FLAGS.export}\n{kc.export_saved_model(network(), FLAGS.export)}")
 
 
 def sparsities(default):

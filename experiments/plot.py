@@ -97,10 +97,6 @@ def statistics(rows, accuracy):
     }
 
 
-def text(mean, std, n):
-    return f"{mean:.2f} ± {'–' if std is None else f'{std:.2f}'} ({n})"
-
-
 def markdown(rows, accuracy):
     """Returns arms x pruning ratios, mean ± std (n) in percent, the best of each column bold."""
     table = statistics(rows, accuracy)
@@ -108,16 +104,9 @@ def markdown(rows, accuracy):
     best = {p: max(cells[p][0] for cells in table.values() if p in cells) for p in ratios}
     lines = [["arm", *(["accuracy"] if ratios == [0] else [f"p = {p:g}" for p in ratios])]]
     for arm, cells in table.items():
-        entries = [text(*cells[p]) if p in cells else "" for p in ratios]
-        lines.append(
-            [
-                arm,
-                *(
-                    f"**{e}**" if p in cells and cells[p][0] == best[p] else e
-                    for p, e in zip(ratios, entries, strict=True)
-                ),
-            ]
-        )
+        entries = {p: claims.text(*cell) for p, cell in cells.items()}
+        entries |= {p: f"**{entry}**" for p, entry in entries.items() if cells[p][0] == best[p]}
+        lines.append([arm, *(entries.get(p, "") for p in ratios)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(

@@ -98,13 +98,8 @@ def lines(rows):
     for arm, cells in table.items():
         average, half, n, largest = over_ratios(cells)
         means = (f"{np.mean(list(cells[p].values())):.2f}" if p in cells else "" for p in best)
-        made.append([arm, *means, f"{average:.2f} ± {'–' if half is None else f'{half:.2f}'} ({n})", f"{largest:.2f}"])
+        made.append([arm, *means, claims.text(average, half, n), f"{largest:.2f}"])
     return made
-
-
-def markdown(made):
-    made = [made[0], ["---"] * len(made[0]), *made[1:]]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in made)
 
 
 def rows_of(stem, figure_1):
@@ -146,7 +141,7 @@ def developed():
     for arm, of_settings in sorted(means.items(), key=lambda item: np.mean(item[1], axis=0)[0]):
         medians = [median for median, _ in of_settings]
         made.append([arm, *(f"{each:.2f}" for each in (*medians, *np.mean(of_settings, axis=0)))])
-    return markdown(made).replace("-0.", "−0.")
+    return claims.markdown(made).replace("-0.", "−0.")
 
 
 def missed(cells, rivals):
@@ -182,4 +177,4 @@ def table():
         name += "".join(f"; p = {p:g} is at chance" for p in sorted(found["none"].keys() - best.keys()))
         tuned = f"{accuracy:.2f} ({len(constants(found))} magnitudes x {n} seeds a ratio)"
         made.append([name, tuned, *entries, missed(cells, ["trivial", *constants(found)]), str(n)])
-    return markdown(made) if len(made) > 1 else ""
+    return claims.markdown(made) if len(made) > 1 else ""

@@ -138,7 +138,12 @@ def adapts(run, signal="gap", target=None, start=None):
 
 
 def ramp(run, start=0.0):
-    """Returns the schedule that prunes from the sparsity `start` to the run's over the first half of its steps."""
+    """Returns the schedule that prunes from the sparsity `start` to the run's over the first half of its steps.
+
+    None where there is nothing to prune.
+    """
+    if not run.sparsity:
+        return None
     steps = max(1, run.epochs // 2 * steps_per_epoch(run))
     return kc.PolynomialDecay(start, run.sparsity, 0, steps, frequency=max(1, min(100, steps // 10)))
 
@@ -176,7 +181,7 @@ def make_optimizer(run, steps):
 # One stage of training
 
 
-def trained(run, net, *, schedule=None, moves=None, around=None, best_from=0, stage=0):
+def trained(run, net, *, schedule=None, moves=None, around=None, stage=0):
     """Trains `net`, in place, as a run says; goes on where a killed process left it, or gives it the weights it has.
 
     An epoch depends on the run and on the state alone. The state is all variables: weights, masks, optimizer, random
@@ -185,11 +190,10 @@ def trained(run, net, *, schedule=None, moves=None, around=None, best_from=0, st
     Args:
         run: The stage: its key decides the folder. Weights that are zero stay zero.
         net: The network, with the weights from which it begins.
-        schedule: A pruning schedule, followed globally.
+        schedule: A pruning schedule, `ramp`, followed globally. The best epoch is then one of the second half.
         moves: `moves(augment)` returns the callback that moves the magnitude of the run's RandAugment.
         around: `around(run, net, stage)` returns the model that is fitted and its RandAugment or None. Default: the
             network behind the run's augmentation.
-        best_from: The best epoch is chosen on the validation images from this one on.
         stage: Counts the stages of a run from 0; each has its own order of the images and its own draws.
 
     Returns:
@@ -204,7 +208,7 @@ def trained(run, net, *, schedule=None, moves=None, around=None, best_from=0, st
             return result
         fitted, small, callbacks = _prepare(run, net, schedule, moves, around or classifier, stage)
         try:
-            result = _fit(run, fitted, callbacks, best_from, stage)
+            result = _fit(run, fitted, callbacks, run.epochs // 2 if schedule else 0, stage)
         except BaseException:
             _COMPILED.clear()  # on JAX, an epoch that breaks off leaves variables without values
             raise
@@ -297,8 +301,7 @@ def _fit(run, fitted, callbacks, best_from, stage):
         with_places = getattr(fitted, "takes_places", False)
         if with_places and (data.in_files or devices.is_mirrored(run.devices)):
             raise ValueError(f"{run} needs its images in memory, and on TensorFlow one device.")
-        in_files = data.in_files
-        images = _epochs_of_files(run, stage, kept.epochs) if in_files else _Epochs(run, stage, with_places)
+        images = _epochs_of_files(run, stage, kept.epochs) if data.in_files else _Epochs(run, stage, with_places)
         fitted.fit(
             images,
             shuffle=False,

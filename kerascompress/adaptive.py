@@ -9,6 +9,7 @@ from keras import ops
 
 from kerascompress import graph
 from kerascompress.augment import check_driven, check_in_model
+from kerascompress.masks import as_array
 
 TARGETS = {"gap": 0.15, "accuracy": None}
 NAMES = ("accuracy", "acc", "binary_accuracy", "categorical_accuracy", "sparse_categorical_accuracy")
@@ -123,7 +124,7 @@ class AdaptiveMagnitude(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         _ = self.model  # on JAX: brings the state back before it is read and changed
         logs = {} if logs is None else logs
-        magnitude = round(float(ops.convert_to_numpy(ops.convert_to_tensor(self.augment.magnitude))), 4)
+        magnitude = round(float(as_array(self.augment.magnitude)), 4)
         if (epoch + 1) % self.frequency == 0:
             signal = self._read(epoch, logs)
             moved = magnitude + self.step * ((signal > self.target) - (signal < self.target))

@@ -91,11 +91,7 @@ class _Augmentation(keras.layers.Layer):
 
     def __init__(self, value_range: tuple[float, float], fill_value: float, seed: int | None, **kwargs: Any):
         super().__init__(**{"autocast": False, **kwargs})
-        if len(value_range) != 2 or not value_range[0] < value_range[1]:
-            raise ValueError(
-                "`value_range` must be `(black, white)` with black < white, such as (0, 255), (0, 1) or (-1, 1). "
-                f"Received: value_range={value_range}."
-            )
+        rounds.check_value_range(value_range)
         if not 0 <= fill_value <= 255:
             raise ValueError(
                 "`fill_value` must be in [0, 255], black to white, whatever `value_range` is. "

@@ -14,9 +14,10 @@ import numpy as np
 
 from kerascompress import graph
 from kerascompress.augment import check_driven, check_in_model
-from kerascompress.pruning import pruning_vars, sparsity
+from kerascompress.masks import as_array
+from kerascompress.pruning import optimizers, pruning_vars, sparsity
 from kerascompress.schedules import last_due, warn_if_not_begun
-from kerascompress.wrapper import PruneLowMagnitude, _numpy, update_masks, wrappers_in
+from kerascompress.wrapper import PruneLowMagnitude, update_masks, wrappers_in
 
 
 class StepCallback(keras.callbacks.Callback):
@@ -72,9 +73,9 @@ class StepCallback(keras.callbacks.Callback):
     def _rebase(self):
         self._base = self._read = _clock(self.model)
         self._batches_of_epoch, self._is_open = 0, False
-        optimizer = _optimizers(self.model)[-1]
+        optimizer = optimizers(self.model)[-1]
         self._accumulation = getattr(optimizer, "gradient_accumulation_steps", None) or 1
-        self._begun = 0 if optimizer is None else int(_numpy(optimizer._iterations))
+        self._begun = 0 if optimizer is None else int(as_array(optimizer._iterations))
         # batches of an update that is not complete; `iterations` counts updates, this batches
         self._batches = self._begun % self._accumulation
 
@@ -84,8 +85,8 @@ class StepCallback(keras.callbacks.Callback):
         The last execution of an epoch whose size Keras does not know may have been shorter; a loss scale leaves out
         updates.
         """
-        optimizer, before = _optimizers(self.model)[-1], self._batches // self._accumulation
-        done = 0 if optimizer is None else int(_numpy(optimizer._iterations)) - self._begun
+        optimizer, before = optimizers(self.model)[-1], self._batches // self._accumulation
+        done = 0 if optimizer is None else int(as_array(optimizer._iterations)) - self._begun
         if done > 0:  # if not, the optimizer that trains is not the model's own
             self._batches = min(self._batches, self._begun % self._accumulation + done)
         return before - self._batches // self._accumulation
@@ -273,8 +274,8 @@ class PruningSummaries(keras.callbacks.TensorBoard):
         step = _clock(self.model)
         with self._pruning_writer.as_default():
             for kernel, mask, threshold in pruning_vars(self.model):
-                tf.summary.scalar(f"{kernel.path}/sparsity", 1 - np.mean(_numpy(mask)), step=step)
-                tf.summary.scalar(f"{kernel.path}/threshold", float(_numpy(threshold)), step=step)
+                tf.summary.scalar(f"{kernel.path}/sparsity", 1 - np.mean(as_array(mask)), step=step)
+                tf.summary.scalar(f"{kernel.path}/threshold", float(as_array(threshold)), step=step)
             tf.summary.scalar("sparsity", sparsity(self.model), step=step)
         self._pruning_writer.flush()
 
@@ -288,21 +289,13 @@ class PruningSummaries(keras.callbacks.TensorBoard):
 # --- helpers ---
 
 
-def _optimizers(model: keras.Model) -> list[Any]:
-    """The optimizer of a model and those inside it, the one that updates last; `[None]` if there is none."""
-    optimizers: list[Any] = [getattr(model, "optimizer", None)]
-    while getattr(optimizers[-1], "inner_optimizer", None) is not None:
-        optimizers.append(optimizers[-1].inner_optimizer)
-    return optimizers
-
-
 def _clock(model: keras.Model) -> int:
     """The updates done, as pruned layers have stored them, or else the optimizer."""
     steps = [wrapper.stored_step() for wrapper in wrappers_in(model) if wrapper.built]
     if steps:
         return max(0, *steps)
-    optimizer = _optimizers(model)[-1]
-    return 0 if optimizer is None else int(_numpy(optimizer.iterations))
+    optimizer = optimizers(model)[-1]
+    return 0 if optimizer is None else int(as_array(optimizer.iterations))
 
 
 def _group(wrapper: PruneLowMagnitude) -> Any:

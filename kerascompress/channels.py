@@ -10,7 +10,7 @@ from keras import ops
 from kerascompress import graph
 from kerascompress.follow import FIXED, Followed, Labels
 from kerascompress.masks import finite_weights
-from kerascompress.wrapper import PruneLowMagnitude
+from kerascompress.wrapper import wrappers_in
 
 KERNELS = ("kernel", "depthwise_kernel", "pointwise_kernel")
 
@@ -276,7 +276,7 @@ def _check(model, sparsity, importance, scope, round_to, images) -> None:
     if not model.built:
         raise ValueError(f"Build or call the model before pruning it. Received: {model.name!r}, which is not built.")
     graph.check_calls(model)
-    if any(isinstance(layer, PruneLowMagnitude) for layer in graph.walk(model)):
+    if any(wrappers_in(model)):
         raise ValueError(f"Model {model.name!r} is pruned by wrappers. Use `strip_pruning` first.")
     if not 0 <= sparsity < 1:
         raise ValueError(

@@ -6,9 +6,10 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import layers, ops
+from keras import layers
 
 from kerascompress import graph
+from kerascompress.masks import as_array
 from kerascompress.pruning import check_countable, kernels_of
 from kerascompress.wrapper import PruneLowMagnitude, wrappers_in
 
@@ -81,9 +82,9 @@ def facts(model: keras.Model, weights: list[keras.Variable]) -> dict[str, Any]:
     """The fields of a `Summary`, over these weights of a model."""
     check_countable(model)
     pruned = [(wrapper, kernel, mask) for wrapper in wrappers_in(model) for kernel, mask, _ in wrapper.pruning_vars]
-    masks = {id(kernel): ops.convert_to_numpy(mask.value) for _, kernel, mask in pruned}
+    masks = {id(kernel): as_array(mask) for _, kernel, mask in pruned}
     names = {id(kernel): kernel.path.replace(f"{wrapper.name}/", "", 1) for wrapper, kernel, _ in pruned}
-    values = {id(weight): ops.convert_to_numpy(weight.value) for weight in weights}
+    values = {id(weight): as_array(weight) for weight in weights}
     nonzeros = {key: int(np.count_nonzero((value != 0) & masks.get(key, True))) for key, value in values.items()}
     kernels = [kernel for kernel in kernels_of(model) if id(kernel) in nonzeros]
     sizes = {id(weight): math.prod(weight.shape) for weight in weights}

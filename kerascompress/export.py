@@ -231,7 +231,7 @@ def _check_and_strip(model, images) -> tuple[keras.Model, list[np.ndarray], dict
     check_countable(small)
     batches = _batches(small, images)
     try:
-        parts = [model(_structured(small, part), training=False) for part in _parts(small, batches)]
+        parts = [model(part, training=False) for part in _parts(small, batches)]
     except Exception as error:  # whatever a layer may raise
         if images is not None:
             raise
@@ -255,7 +255,7 @@ def _compute_in_float32(model, batches) -> None:
     for layer in half:
         layer.dtype_policy = "float32"
     try:
-        _ = half and model(_structured(model, _parts(model, batches)[0]), training=False)
+        _ = half and model(_parts(model, batches)[0], training=False)
     except Exception as error:  # whatever a layer may raise that has weights in half precision
         raise ValueError(
             f"A LiteRT file computes in float32, and {model.name!r} does not without being built anew. Build it under "
@@ -273,10 +273,9 @@ def _batch_size(model) -> int | None:
     return next((shape[0] for shape in _shapes(model) if shape[0]), None)
 
 
-def _parts(model, batches: list) -> list[list]:
-    """The batches in parts of the size that the model takes, if that is fixed."""
-    parts = litert.batches(dict(enumerate(batches)), _batch_size(model) or len(batches[0]))
-    return [list(part.values()) for part in parts]
+def _parts(model, batches: list) -> list:
+    """The batches as the model takes them, in parts of its size if that is fixed."""
+    return list(litert.batches(_structured(model, batches), _batch_size(model) or len(batches[0])))
 
 
 def _input_names(model) -> list[str]:
@@ -312,7 +311,7 @@ def _named(outputs) -> dict[str, np.ndarray]:
     """The outputs as float32, by their names in the signature."""
     if not isinstance(outputs, dict):
         outputs = {f"output_{i}": output for i, output in enumerate(keras.tree.flatten(outputs))}
-    return {name: _float32(output) for name, output in outputs.items()}
+    return {name: keras.ops.convert_to_numpy(output).astype("float32") for name, output in outputs.items()}
 
 
 def _batches(model, images) -> list[np.ndarray]:
@@ -375,7 +374,7 @@ def _write_saved_model(model, batches, folder) -> list[keras.Variable]:
     import tensorflow as tf
 
     with _ReadVariables() as read:
-        model(_structured(model, _parts(model, batches)[0]), training=False)
+        model(_parts(model, batches)[0], training=False)
     weights = [variable for variable in model.variables if id(variable) in read.ids]
 
     if keras.backend.backend() == "torch":
@@ -456,14 +455,8 @@ def _run_saved_model(folder, images):
 
     loaded = tf.saved_model.load(str(folder))  # must outlive the call: its functions do not keep its variables
     specs = loaded.signatures["serving_default"].structured_input_signature[1].values()
-    flat = keras.tree.flatten(images)
-    size = next((spec.shape[0] for spec in specs if spec.shape[0]), len(flat[0]))
-    parts = [list(part.values()) for part in litert.batches(dict(enumerate(flat)), size)]
-    return litert.joined([_named(loaded.serve(keras.tree.pack_sequence_as(images, part))) for part in parts])
-
-
-def _float32(tensor) -> np.ndarray:
-    return keras.ops.convert_to_numpy(tensor).astype("float32")
+    size = next((spec.shape[0] for spec in specs if spec.shape[0]), len(keras.tree.flatten(images)[0]))
+    return litert.joined([_named(loaded.serve(part)) for part in litert.batches(images, size)])
 
 
 def _checked(model, outputs, expected: dict[str, np.ndarray], quantize: str | None = None) -> dict[str, Any]:

@@ -142,29 +142,21 @@ def leaves(model: keras.Model) -> list[keras.Layer]:
     return list({id(each): each for some in found for each in some}.values())
 
 
-def calls(model: keras.Model) -> Iterator[Any]:
-    """The nodes of a Functional or Sequential model, in an order in which they can be computed.
-
-    A node is one call: `operation`, `arguments`, symbolic `input_tensors` and `outputs`.
-    """
-    function = _function(model)
-    for depth in sorted(function._nodes_by_depth, reverse=True):
-        yield from (node for node in function._nodes_by_depth[depth] if not node.is_input)
-
-
 def compute(model: keras.Model, inputs: list, call: Callable[[Any, list, Any], Any]) -> list:
     """What becomes of values of any kind in a Functional or Sequential model, which is only looked at.
 
     Args:
         model: Models in it are calls as layers are.
         inputs: A value for each of `model.inputs`.
-        call: `call(operation, values, node)` returns a value for each output of a call from those of its tensors.
+        call: `call(operation, values, node)` returns a value for each output of a call from those of its tensors. A
+            node is the call itself, with `arguments`, symbolic `input_tensors` and `outputs`.
 
     Returns:
         A value for each of `model.outputs`.
     """
     known = {id(tensor): value for tensor, value in zip(model.inputs, inputs, strict=True)}
-    for node in calls(model):
+    by_depth = sorted(_function(model)._nodes_by_depth.items(), reverse=True)
+    for node in (each for _, nodes in by_depth for each in nodes if not each.is_input):
         outputs = call(node.operation, [known[id(tensor)] for tensor in node.input_tensors], node)
         known.update(zip(map(id, node.outputs), outputs, strict=True))
     return [known[id(tensor)] for tensor in model.outputs]

@@ -150,11 +150,7 @@ def _check(value_range, augmentations_per_image, magnitude, **shares):
             "`kerascompress.keras_cv.RandAugment` works on the TensorFlow backend only. "
             f"Received: the {keras.backend.backend()} backend. Use `kerascompress.RandAugment`."
         )
-    if len(value_range) != 2 or not value_range[0] < value_range[1]:
-        raise ValueError(
-            "`value_range` must be `(black, white)` with black < white, such as (0, 255) or (0, 1). "
-            f"Received: value_range={value_range}."
-        )
+    rounds.check_value_range(value_range)
     if not isinstance(augmentations_per_image, int) or augmentations_per_image < 1:
         raise ValueError(
             "`augmentations_per_image` must be a whole number of at least 1. "

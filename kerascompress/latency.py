@@ -7,6 +7,7 @@ import numpy as np
 from keras import layers
 
 from kerascompress import graph
+from kerascompress.masks import as_array
 from kerascompress.wrapper import PruneLowMagnitude
 
 LEAST_SPARSITY = 0.3  # LiteRT's converter stores a kernel sparsely from here on
@@ -176,8 +177,9 @@ def stores_sparsely(kernels: list[keras.Variable], quantize: str | None) -> bool
 
     With int8 it computes garbage, or fails to begin. With float16 it reads kernels in blocks as if they were float32.
     """
-    blocks = [kernel for kernel in kernels if len(kernel.shape) == 2 and _in_blocks(_numpy(kernel))]
-    return quantize is None or (quantize == "float16" and not blocks)
+    if quantize != "float16":
+        return quantize is None
+    return not any(len(kernel.shape) == 2 and _in_blocks(as_array(kernel)) for kernel in kernels)
 
 
 def execution(model: keras.Model, kernels: list[keras.Variable], quantize: str | None) -> list[str]:
@@ -186,11 +188,11 @@ def execution(model: keras.Model, kernels: list[keras.Variable], quantize: str |
         what = "float16 and blocks of zeros" if quantize == "float16" else "int8 and sparse storage"
         return [f"dense: LiteRT cannot run {what}"] * len(kernels)
     cluster = find_cluster(model)
-    ones = [_numpy(layer.kernel) for layer in cluster.layers]
+    ones = [as_array(layer.kernel) for layer in cluster.layers]
     zeros = sum(int((each == 0).sum()) for each in ones) / max(sum(each.size for each in ones), 1)
     in_cluster = {id(layer.kernel) for layer in cluster.layers if not cluster.obstacles}
     dense = {id(layer.kernel) for layer in graph.walk(model) if isinstance(layer, layers.Dense) and layer.built}
-    return [_verdict(_numpy(each), id(each) in dense, id(each) in in_cluster, zeros) for each in kernels]
+    return [_verdict(as_array(each), id(each) in dense, id(each) in in_cluster, zeros) for each in kernels]
 
 
 def _verdict(weights: np.ndarray, is_dense: bool, in_cluster: bool, zeros_of_cluster: float) -> str:
@@ -215,7 +217,3 @@ def _in_blocks(weights: np.ndarray) -> bool:
     padded = np.pad(weights != 0, [(0, -len(weights) % 4), (0, 0)])
     blocks = 4 * int(padded.reshape(-1, 4, weights.shape[1]).any(axis=1).sum())
     return zeros >= LEAST_SPARSITY and 1 - blocks / weights.size > LEAST_IN_BLOCKS * zeros
-
-
-def _numpy(variable: keras.Variable) -> np.ndarray:
-    return keras.ops.convert_to_numpy(variable.value)

@@ -1,6 +1,7 @@
 """LiteRT (TensorFlow Lite) files: converted, run and timed."""
 
 import importlib.util
+import operator
 import statistics
 import time
 import warnings
@@ -112,8 +113,8 @@ def _has_litert() -> bool:
     return importlib.util.find_spec("ai_edge_litert") is not None
 
 
-def batches(named: dict[Any, np.ndarray], size: int) -> Iterator[dict[Any, np.ndarray]]:
-    """The images in batches of the size that the network takes."""
-    count = len(next(iter(named.values())))
+def batches(images: Any, size: int) -> Iterator[Any]:
+    """Arrays, in any structure, in batches of the size that the network takes."""
+    count = len(keras.tree.flatten(images)[0])
     for start in range(0, count - size + 1, size):
-        yield {name: values[start : start + size] for name, values in named.items()}
+        yield keras.tree.map_structure(operator.itemgetter(slice(start, start + size)), images)

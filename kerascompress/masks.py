@@ -41,9 +41,15 @@ def is_kernel(variable: keras.Variable) -> bool:
     return variable.name in KERNEL_NAMES and len(variable.shape) >= 2
 
 
+def as_array(variable: Any) -> np.ndarray:
+    """A variable as an array."""
+    # as a tensor first: in the scope of a strategy, NumPy makes no array of a variable without axes
+    return ops.convert_to_numpy(ops.convert_to_tensor(variable))
+
+
 def finite_weights(kernel: keras.Variable) -> np.ndarray:
     """The kernel as an array; a ValueError that names it if it holds NaN or infinity, which a mask would hide."""
-    weights = ops.convert_to_numpy(kernel.value)
+    weights = as_array(kernel)
     if not np.isfinite(weights.astype("float32")).all():
         raise ValueError(
             f"Kernel {kernel.path!r} holds NaN or infinite weights: training has diverged, which a mask would hide. "
@@ -53,12 +59,14 @@ def finite_weights(kernel: keras.Variable) -> np.ndarray:
 
 
 def warn_of_collapse(sparsity: float, paths: list[str]) -> None:
-    warnings.warn(
-        f"Global pruning to a sparsity of {sparsity:.2f} leaves nothing of {paths}: their weights are smaller than "
-        "all others. Without one of its layers a network may compute a constant. Train the dense network before it "
-        "is pruned, prune less, or use scope='layer'.",
-        stacklevel=3,
-    )
+    """Warns of the kernels, if there are any, of which nothing is left."""
+    if paths:
+        warnings.warn(
+            f"Global pruning to a sparsity of {sparsity:.2f} leaves nothing of {paths}: their weights are smaller than "
+            "all others. Without one of its layers a network may compute a constant. Train the dense network before it "
+            "is pruned, prune less, or use scope='layer'.",
+            stacklevel=3,
+        )
 
 
 # --- rules ---
@@ -75,19 +83,6 @@ def global_masks(kernels: Sequence[Any], sparsity: Any) -> tuple[list, list]:
     xp = _space(magnitudes[0])
     threshold = _threshold(xp.concatenate([xp.reshape(each, (-1,)) for each in magnitudes]), sparsity)
     return _unzip((_at_least(each, threshold), threshold) for each in magnitudes)
-
-
-def block_masks(
-    kernels: Sequence[Any], sparsity: Any, *, block_size: tuple[int, int], block_pooling_type: str
-) -> tuple[list, list]:
-    """Every 2-D kernel keeps the blocks whose average or maximal magnitude is largest (tfmot)."""
-    return _unzip(_keep_blocks(kernel, sparsity, block_size, block_pooling_type) for kernel in kernels)
-
-
-def m_by_n_masks(kernels: Sequence[Any], *, m: int, n: int) -> tuple[list, list]:
-    """The m smallest of every n weights go, along the last axis but one, the last in LiteRT's layout (tfmot)."""
-    masks = [_keep_of_each_group(_magnitudes(kernel), n - m, n) for kernel in kernels]
-    return masks, [np.float32(0)] * len(masks)
 
 
 SCOPES: dict[str, Callable[[Sequence[Any], Any], tuple[list, list]]] = {"layer": layer_masks, "global": global_masks}
@@ -168,11 +163,10 @@ class Rule:
 
     def __call__(self, kernels: Sequence[Any], sparsity: Any) -> tuple[list, list]:
         if self.sparsity_m_by_n is not None:
-            return m_by_n_masks(kernels, m=self.sparsity_m_by_n[0], n=self.sparsity_m_by_n[1])
+            m, n = self.sparsity_m_by_n
+            return _unzip((_keep_of_each_group(_magnitudes(kernel), n - m, n), np.float32(0)) for kernel in kernels)
         if self.block_size != (1, 1):
-            return block_masks(
-                kernels, sparsity, block_size=self.block_size, block_pooling_type=self.block_pooling_type
-            )
+            return _unzip(_keep_blocks(each, sparsity, self.block_size, self.block_pooling_type) for each in kernels)
         return SCOPES[self.scope](kernels, sparsity)
 
 
@@ -232,6 +226,7 @@ def _kth_largest(magnitudes, k):
 
 
 def _keep_blocks(kernel, sparsity, block_size, pooling_type):
+    """The blocks of a 2-D kernel whose average or maximal magnitude is largest (tfmot), and the threshold."""
     magnitudes = _magnitudes(kernel)
     xp = _space(magnitudes)
     height, width = block_size
@@ -255,6 +250,7 @@ def _keep_blocks(kernel, sparsity, block_size, pooling_type):
 
 
 def _keep_of_each_group(magnitudes, keep, n):
+    """The largest of every n weights, along the last axis but one, which is the last in LiteRT's layout (tfmot)."""
     xp = _space(magnitudes)
     by_output = xp.moveaxis(magnitudes, -1, 0)  # dense (out, in), convolution (out, height, width, in)
     *others, size = by_output.shape

@@ -14,7 +14,7 @@ from keras import ops
 from keras.src.utils.tracking import no_automatic_dependency_tracking  # as Keras' own LossScaleOptimizer needs it
 
 from kerascompress import schedules
-from kerascompress.masks import KERNEL_NAMES, Rule, finite_weights, is_kernel, warn_of_collapse
+from kerascompress.masks import KERNEL_NAMES, Rule, as_array, finite_weights, is_kernel, warn_of_collapse
 from kerascompress.schedules import Schedule, check_schedule, evaluate
 
 
@@ -171,8 +171,8 @@ class PruningOptimizer(keras.optimizers.Optimizer):
 
     def _warn_of_collapse(self, gone):
         paths = [kernel.path for kernel, is_gone in zip(self._kernels, gone, strict=True) if is_gone]
-        if paths and self.pruning_schedule is not None:
-            warn_of_collapse(evaluate(self.pruning_schedule, int(ops.convert_to_numpy(self.iterations)))[1], paths)
+        if self.pruning_schedule is not None:
+            warn_of_collapse(evaluate(self.pruning_schedule, int(as_array(self.iterations)))[1], paths)
 
     def load_own_variables(self, store):
         # A model that was saved before it was trained has no masks to load, and Keras builds them from the weights with
@@ -251,8 +251,8 @@ class PruningOptimizer(keras.optimizers.Optimizer):
     def finalize_variable_values(self, var_list):
         self.inner_optimizer.finalize_variable_values(var_list)
         if self.built and sys.exc_info()[0] is None:  # after an error, JAX leaves variables without values
-            self._warn_of_collapse([not ops.convert_to_numpy(mask).any() for mask in self._masks])
-            schedules.warn_if_not_begun(self.pruning_schedule, int(ops.convert_to_numpy(self.iterations)))
+            self._warn_of_collapse([not as_array(mask).any() for mask in self._masks])
+            schedules.warn_if_not_begun(self.pruning_schedule, int(as_array(self.iterations)))
 
     def get_config(self) -> dict[str, Any]:
         return {

@@ -13,12 +13,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerascompress import graph, schedules
-from kerascompress.masks import PRUNABLE_KERNELS, Rule, finite_weights, is_kernel, warn_of_collapse
+from kerascompress import graph
+from kerascompress.masks import PRUNABLE_KERNELS, Rule, as_array, finite_weights, is_kernel, warn_of_collapse
 from kerascompress.schedules import Schedule
 from kerascompress.wrapper import (
     PruneLowMagnitude,
-    _numpy,
     check_plain,
     is_prunable,
     kernel_names,
@@ -69,7 +68,7 @@ def prune_low_magnitude(
         TensorFlow Model Optimization's `tfmot.sparsity.keras.prune_low_magnitude`.
     """
     settings: dict[str, Any] = {
-        "pruning_schedule": schedules.ConstantSparsity(0.5, 0) if pruning_schedule is None else pruning_schedule,
+        "pruning_schedule": pruning_schedule,
         "block_size": block_size,
         "block_pooling_type": block_pooling_type,
         "sparsity_m_by_n": sparsity_m_by_n,
@@ -92,13 +91,13 @@ def prune_low_magnitude(
             else PruneLowMagnitude(layer, **settings)
             for layer in to_prune
         ]
-    chosen = _chosen_layers(to_prune, pruning_policy)
 
     def prune(layer):
         copy = graph.copy(layer)
         return PruneLowMagnitude(copy, **settings) if id(layer) in chosen else copy
 
     with _advice():
+        chosen = _chosen_layers(to_prune, pruning_policy)
         return graph.rebuild(to_prune, prune)
 
 
@@ -152,9 +151,7 @@ def prune_now(model: keras.Model, sparsity: float, *, scope: str = "layer") -> k
     masks, _ = rule([finite_weights(kernel) for kernel in kernels], sparsity)
     for kernel, mask in zip(kernels, masks, strict=True):
         kernel.assign(kernel.value * ops.cast(mask, kernel.dtype))
-    gone = [kernel.path for kernel, mask in zip(kernels, masks, strict=True) if not mask.any()]
-    if gone:
-        warn_of_collapse(sparsity, gone)
+    warn_of_collapse(sparsity, [each.path for each, mask in zip(kernels, masks, strict=True) if not mask.any()])
     unnamed = [kernel.path for kernel in kernels if not is_kernel(kernel)]
     if unnamed:
         warnings.warn(
@@ -233,9 +230,7 @@ def _chosen_layers(model: keras.Model, policy: Any) -> set[int]:
         _check_policy(policy)
         policy.ensure_model_supports_pruning(model)
     chosen = set()
-    with _advice():
-        layers_of_model = graph.leaves(model)
-    for layer in layers_of_model:
+    for layer in graph.leaves(model):
         if any(wrappers_in(layer)):
             _warn_of_wrapper(layer, stacklevel=4)
         elif not is_prunable(layer):
@@ -269,31 +264,39 @@ def _no_kernels(model) -> ValueError:
 
 
 def kernels_of(model: keras.Layer) -> list[keras.Variable]:
-    """All kernels of a built model or layer, each once: by name, or by `get_prunable_weights()` of their layer."""
+    """All kernels of a built model or layer, each once.
+
+    By name, or by `get_prunable_weights()` of their layer; and those that the model's optimizer prunes.
+    """
     decided: dict[int, bool] = {}
     for layer in graph.walk(model):
         if hasattr(layer, "get_prunable_weights") and layer.built:
             decided |= {id(variable): False for variable in layer.variables if id(variable) not in decided}
             decided |= {id(variable): True for variable in layer.get_prunable_weights()}
+    decided |= {id(kernel): True for kernel, _, _ in pruning_vars(model)}  # by `allow` of an optimizer, too
     unique = {id(variable): variable for variable in model.variables}
     return [variable for key, variable in unique.items() if decided.get(key, is_kernel(variable))]
 
 
 def pruning_vars(model: keras.Layer) -> list[tuple[keras.Variable, keras.Variable, keras.Variable]]:
     """`(kernel, mask, threshold)` of every pruned kernel, of whichever carrier."""
-    optimizer: Any = getattr(model, "optimizer", None)
-    while not hasattr(optimizer, "pruning_vars") and hasattr(optimizer, "inner_optimizer"):
-        optimizer = optimizer.inner_optimizer  # under a loss scale
-    carriers = [*wrappers_in(model), *([optimizer] if hasattr(optimizer, "pruning_vars") else [])]
-    return [each for carrier in carriers for each in carrier.pruning_vars]
+    carriers = [*wrappers_in(model), *optimizers(model)]
+    return [each for carrier in carriers for each in getattr(carrier, "pruning_vars", ())]
+
+
+def optimizers(model: keras.Layer) -> list[Any]:
+    """The optimizer of a model and those inside it, the one that updates last; `[None]` if there is none."""
+    found: list[Any] = [getattr(model, "optimizer", None)]
+    while getattr(found[-1], "inner_optimizer", None) is not None:
+        found.append(found[-1].inner_optimizer)
+    return found
 
 
 def effective_kernels(model: keras.Layer) -> list[np.ndarray]:
     """`kernels_of` a model, as the forward pass sees them: zero where a mask is."""
     masks = {id(kernel): mask for wrapper in wrappers_in(model) for kernel, mask, _ in wrapper.pruning_vars}
-    chosen = [kernel for kernel, _, _ in pruning_vars(model)]  # by `allow` of an optimizer, too
-    kernels = {id(kernel): kernel for kernel in [*kernels_of(model), *chosen]}
-    return [_numpy(kernel) * (_numpy(masks[key]) if key in masks else 1) for key, kernel in kernels.items()]
+    kernels = {id(kernel): kernel for kernel in kernels_of(model)}
+    return [as_array(kernel) * (as_array(masks[key]) if key in masks else 1) for key, kernel in kernels.items()]
 
 
 def _unprunable_parts(layer: keras.Layer) -> Iterator[keras.Layer]:
@@ -309,8 +312,7 @@ def _unprunable_parts(layer: keras.Layer) -> Iterator[keras.Layer]:
 
 def _warn_of_dense_weights(layer: keras.Layer) -> None:
     own = type(layer).__module__.partition(".")[0] not in ("keras", "kerascompress")
-    kernels = {name for names in PRUNABLE_KERNELS.values() for name in names}
-    dense = [v.path for v in layer.trainable_variables if len(v.shape) > 1 and (own or v.name in kernels)]
+    dense = [v.path for v in layer.trainable_variables if is_kernel(v) or (own and len(v.shape) > 1)]
     if not dense and not layer.built and not hasattr(layer, "get_prunable_weights"):
         parts = graph.walk(layer)  # before it is built, only what builds kernels can be told
         makes = own and type(layer).build is not keras.Layer.build
@@ -335,8 +337,8 @@ def _stripped(layer: keras.Layer) -> keras.Layer:
     if not isinstance(layer, PruneLowMagnitude):
         return graph.copy(layer)
     copy = graph.copy(layer.layer)
-    for kernel, weights in zip(prunable_weights(copy) if layer.built else [], layer.effective_weights(), strict=True):
-        kernel.assign(weights)
+    for kernel, (raw, mask, _) in zip(prunable_weights(copy) if layer.built else [], layer.pruning_vars, strict=True):
+        kernel.assign(raw.value * ops.cast(mask.value, raw.dtype))
     return copy
 
 

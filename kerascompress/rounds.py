@@ -99,11 +99,9 @@ def _single_round(rows, images, op, argument, **outside):
     def branch(row):
         def apply_row(images, argument):
             if row.table:
-                tables = image_ops.to_bytes(row.table(images, argument))
-                return image_ops.lookup(images, kops.broadcast_to(tables, (1, images.shape[-1], 256)))
+                return image_ops.lookup(images, _tables(row, images, argument))
             if row.warp:
-                matrices = row.warp(argument, *kops.shape(images)[1:3])
-                return image_ops.to_bytes(image_ops.warp(images, matrices, **outside))
+                return _warp(images, row.warp(argument, *kops.shape(images)[1:3]), **outside)
             return _pixels(row, images, argument) if row.pixels else images
 
         return apply_row
@@ -126,7 +124,7 @@ def _fused_round(rows, images, op, argument, **outside):
         result = image_ops.lookup(result, tables)
     if any(row.warp for row in rows):
         matrices = _matrices(rows, op, argument, height, width)
-        result = image_ops.to_bytes(image_ops.warp(result, matrices, **outside))
+        result = _warp(result, matrices, **outside)
     for i, row in enumerate(rows):
         if row.pixels:
             result = kops.where((op == i)[:, None, None, None], _pixels(row, images, argument), result)
@@ -175,14 +173,7 @@ def _eager_round(rows, images, place, op, argument, **outside):
 
     Returns the order in which the images come out, and chunks of them.
     """
-    height, width, channels = images.shape[1:]
-
-    def table(row, images, argument):
-        return kops.broadcast_to(row.table(images, argument), (images.shape[0], channels, 256))
-
-    def warp(images, matrices):
-        return image_ops.to_bytes(image_ops.warp(images, matrices, **outside))
-
+    height, width, _ = images.shape[1:]
     order, made = [], []
     for kind in KINDS:
         drawn = [
@@ -199,13 +190,12 @@ def _eager_round(rows, images, place, op, argument, **outside):
             tables = [
                 each
                 for row, which, given in drawn
-                for each in _in_chunks(functools.partial(table, row), images, place[which], given)
+                for each in _in_chunks(functools.partial(_tables, row), images, place[which], given)
             ]
-            tables = image_ops.to_bytes(kops.concatenate(tables))
-            made += _in_chunks(image_ops.lookup, images, place[order[-1]], tables)
+            made += _in_chunks(image_ops.lookup, images, place[order[-1]], kops.concatenate(tables))
         elif kind == "warp":
             matrices = kops.concatenate([row.warp(given, height, width) for row, _, given in drawn])
-            made += _in_chunks(warp, images, place[order[-1]], matrices)
+            made += _in_chunks(functools.partial(_warp, **outside), images, place[order[-1]], matrices)
         else:
             for row, which, given in drawn:
                 made += _in_chunks(functools.partial(_pixels, row), images, place[which], given)
@@ -238,14 +228,14 @@ def _grouped_round(rows, images, op, argument, **outside):
         return image_ops.lookup(images, tables)
 
     def warp(images, argument, tables, matrices):
-        return image_ops.to_bytes(image_ops.warp(images, matrices, **outside))
+        return _warp(images, matrices, **outside)
 
     bounds = np.searchsorted([KINDS.index(row.kind) for row in rows], range(len(KINDS) + 1)).tolist()
     tables = kops.zeros((spare + _CHUNK, channels, 256), "uint8")
     of_table, of_pixels = range(bounds[1], bounds[2]), range(bounds[3], bounds[4])
     if of_table:
-        stretches, branches = [(i, i + 1) for i in of_table], [_table_branch(rows[i], channels) for i in of_table]
-        tables = _walk(drawn, stretches, branches, images, [argument], _put_tables, tables)
+        makers = [functools.partial(_tables, rows[i]) for i in of_table]
+        tables = _walk(drawn, [(i, i + 1) for i in of_table], makers, images, [argument], _put_tables, tables)
     stretches = [*itertools.pairwise(bounds[1:4]), *((i, i + 1) for i in of_pixels)]
     branches = [look_up, warp, *(_pixels_branch(rows[i]) for i in of_pixels)]
     return _walk(drawn, stretches, branches, None, [argument, tables, matrices], _put_images, images)
@@ -272,13 +262,6 @@ def _walk(drawn, stretches, branches, images, inputs, update, state):
     return kops.while_loop(lambda step, state: step < done[-1], body, (0, state))[1]
 
 
-def _table_branch(row, channels):
-    def branch(images, argument):
-        return kops.broadcast_to(image_ops.to_bytes(row.table(images, argument)), (_CHUNK, channels, 256))
-
-    return branch
-
-
 def _pixels_branch(row):
     return lambda images, argument, tables, matrices: _pixels(row, images, argument)
 
@@ -293,6 +276,15 @@ def _put_images(images, made, start, index):
     return images
 
 
+def _tables(row, images, argument):
+    tables = image_ops.to_bytes(row.table(images, argument))
+    return kops.broadcast_to(tables, (kops.shape(images)[0], images.shape[-1], 256))
+
+
+def _warp(images, matrices, **outside):
+    return image_ops.to_bytes(image_ops.warp(images, matrices, **outside))
+
+
 def _pixels(row, images, argument):
     return image_ops.to_bytes(row.pixels(kops.cast(images, "float32"), argument))
 
@@ -303,6 +295,14 @@ def _matrices(rows, op, argument, height, width):
         if row.warp:
             matrix = kops.where((op == i)[:, None], row.warp(argument, height, width), matrix)
     return matrix
+
+
+def check_value_range(value_range: tuple[float, float]) -> None:
+    if len(value_range) != 2 or not value_range[0] < value_range[1]:
+        raise ValueError(
+            "`value_range` must be `(black, white)` with black < white, such as (0, 255), (0, 1) or (-1, 1). "
+            f"Received: value_range={value_range}."
+        )
 
 
 def on_scale(images, value_range, name):

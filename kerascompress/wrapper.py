@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
-import numpy as np
 from keras import layers, ops
 
 from kerascompress import graph, schedules
-from kerascompress.masks import PRUNABLE_KERNELS, Rule, finite_weights, warn_of_collapse
+from kerascompress.masks import PRUNABLE_KERNELS, Rule, as_array, finite_weights, warn_of_collapse
 from kerascompress.schedules import Schedule, check_schedule
 
 
@@ -223,10 +222,6 @@ class PruneLowMagnitude(layers.Wrapper):
         """The wrapped layer's kernels, raw: under the mask they may be anything."""
         return [kernel for kernel, _, _ in self.pruning_vars]
 
-    def effective_weights(self) -> list[np.ndarray]:
-        """The kernels as the forward pass sees them: zero where the mask is."""
-        return [_numpy(kernel) * _numpy(mask) for kernel, mask, _ in self.pruning_vars]
-
     def settle(self) -> None:
         """Makes the state what it means: masked weights become zero, the step variable current."""
         if not self.built:
@@ -245,7 +240,7 @@ class PruneLowMagnitude(layers.Wrapper):
 
     def stored_step(self) -> int:
         """The value of the variable, on the host."""
-        return int(_numpy(self.pruning_step))
+        return int(as_array(self.pruning_step))
 
     def save_own_variables(self, store):
         self.settle()
@@ -283,17 +278,11 @@ def update_masks(wrappers: list[PruneLowMagnitude], sparsity: float) -> None:
     new_masks, new_thresholds = wrappers[0].rule(kernels, sparsity)
     gone = []
     for (kernel, mask, threshold), new_mask, new_threshold in zip(variables, new_masks, new_thresholds, strict=True):
-        if not new_mask.any() and _numpy(mask).any():
+        if not new_mask.any() and as_array(mask).any():
             gone.append(kernel.path)
         mask.assign(new_mask)
         threshold.assign(new_threshold)
-    if gone:
-        warn_of_collapse(sparsity, gone)
-
-
-def _numpy(variable) -> np.ndarray:
-    # as a tensor first: in the scope of a strategy, NumPy makes no array of a variable without axes
-    return ops.convert_to_numpy(ops.convert_to_tensor(variable))
+    warn_of_collapse(sparsity, gone)
 
 
 def wrappers_in(layer: keras.Layer) -> Iterator[PruneLowMagnitude]:

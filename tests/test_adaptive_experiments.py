@@ -132,7 +132,7 @@ def test_regret_is_against_the_constant_that_is_best_on_the_validation_images_se
     best, table = regrets.regrets(rows)
     assert best == {0.0: "M=4"}
     assert table["gap=0.15"][0.0] == pytest.approx({0: 1.0, 1: 3.0})
-    *_, last = regrets.markdown(regrets.lines(rows)).splitlines()
+    *_, last = claims.markdown(regrets.lines(rows)).splitlines()
     assert last == "| gap=0.15 | 2.00 | 2.00 ± 12.71 (2) | 2.00 |"  # t(0.975, 1) = 12.706, sd / sqrt(2) = 1
 
 

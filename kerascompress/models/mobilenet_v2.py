@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import keras
 
@@ -72,14 +73,9 @@ def mobilenet_v2(
         (arXiv:1801.04381).
     """
     images, x = normalised_images(
-        num_classes,
-        width=width,
-        stem=stem,
-        input_shape=input_shape,
-        mean=mean,
-        std=std,
-        weight_decay=weight_decay,
+        num_classes, width=width, stem=stem, input_shape=input_shape, mean=mean, std=std, weight_decay=weight_decay
     )
+    settings: dict[str, Any] = {"weight_decay": weight_decay, "seed": seed}
     if not 0 <= dropout < 1:
         raise ValueError(f"`dropout` must be in [0, 1). Received: dropout={dropout}.")
     cifar = stem == "cifar"
@@ -93,13 +89,10 @@ def mobilenet_v2(
                 stride=1 if block > 0 or (cifar and stage == 2) else stride,
                 expansion=expansion,
                 name=f"stage{stage}_block{block}",
-                weight_decay=weight_decay,
-                seed=seed,
+                **settings,
             )
     x = conv(x, _channels(1280 * max(1.0, width)), 1, name="head")
-    return classifier(
-        images, x, num_classes, dropout=dropout, weight_decay=weight_decay, seed=seed, name=name or "mobilenet_v2"
-    )
+    return classifier(images, x, num_classes, dropout=dropout, name=name or "mobilenet_v2", **settings)
 
 
 def inverted_residual(

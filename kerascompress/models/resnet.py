@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import keras
 
@@ -63,29 +64,18 @@ def resnet(
     if depth < 8 or depth % 6 != 2:
         raise ValueError(f"`depth` must be 6n + 2 with n >= 1, such as 8, 14, 20, 56 or 110. Received: depth={depth}.")
     images, x = normalised_images(
-        num_classes,
-        width=width,
-        stem=stem,
-        input_shape=input_shape,
-        mean=mean,
-        std=std,
-        weight_decay=weight_decay,
+        num_classes, width=width, stem=stem, input_shape=input_shape, mean=mean, std=std, weight_decay=weight_decay
     )
+    settings: dict[str, Any] = {"weight_decay": weight_decay, "seed": seed}
     size, stride = (3, 1) if stem == "cifar" else (7, 2)
-    x = conv_bn_relu(x, width, size, stride, name="stem", weight_decay=weight_decay, seed=seed)
+    x = conv_bn_relu(x, width, size, stride, name="stem", **settings)
     if stem == "imagenet":
         x = max_pool(x, name="stem_pool")
     for stage in (1, 2, 3):
         for block in range((depth - 2) // 6):
-            x = basic_block(
-                x,
-                width * 2 ** (stage - 1),
-                stride=2 if stage > 1 and block == 0 else 1,
-                name=f"stage{stage}_block{block}",
-                weight_decay=weight_decay,
-                seed=seed,
-            )
-    return classifier(images, x, num_classes, weight_decay=weight_decay, seed=seed, name=name or f"resnet{depth}")
+            stride = 2 if stage > 1 and block == 0 else 1
+            x = basic_block(x, width * 2 ** (stage - 1), stride=stride, name=f"stage{stage}_block{block}", **settings)
+    return classifier(images, x, num_classes, name=name or f"resnet{depth}", **settings)
 
 
 def resnet20(num_classes: int, **kwargs) -> keras.Model:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import keras
 import numpy as np
@@ -63,14 +64,9 @@ def shufflenet_v2(
         (arXiv:1807.11164).
     """
     images, x = normalised_images(
-        num_classes,
-        width=width,
-        stem=stem,
-        input_shape=input_shape,
-        mean=mean,
-        std=std,
-        weight_decay=weight_decay,
+        num_classes, width=width, stem=stem, input_shape=input_shape, mean=mean, std=std, weight_decay=weight_decay
     )
+    settings: dict[str, Any] = {"weight_decay": weight_decay, "seed": seed}
     conv = partial(conv_bn_relu, weight_decay=weight_decay, seed=seed)
     x = conv(x, 24, 3, 1 if stem == "cifar" else 2, name="stem")
     if stem == "imagenet":
@@ -78,16 +74,9 @@ def shufflenet_v2(
     stages = STAGES.get(width) or [max(2, 2 * round(channels * width / 2)) for channels in STAGES[1.0]]
     for stage, (channels, units) in enumerate(zip(stages, (4, 8, 4), strict=True), start=1):
         for unit in range(units):
-            x = shuffle_unit(
-                x,
-                channels,
-                stride=1 if unit > 0 else 2,
-                name=f"stage{stage}_block{unit}",
-                weight_decay=weight_decay,
-                seed=seed,
-            )
+            x = shuffle_unit(x, channels, stride=1 if unit > 0 else 2, name=f"stage{stage}_block{unit}", **settings)
     x = conv(x, 1024 if width < 2 else 2048, 1, name="head")
-    return classifier(images, x, num_classes, weight_decay=weight_decay, seed=seed, name=name or "shufflenet_v2")
+    return classifier(images, x, num_classes, name=name or "shufflenet_v2", **settings)
 
 
 def shuffle_unit(x, filters: int, *, stride: int = 1, name: str, weight_decay: float | None, seed: int | None):
