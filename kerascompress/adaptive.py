@@ -105,21 +105,19 @@ class AdaptiveMagnitude(keras.callbacks.Callback):
         self.augment, self.signal, self.target = augment, signal, target
         self.step, self.frequency = step, frequency
 
-    _remove_metric: Callable[[], None] | None = None
-
     def set_model(self, model):
         super().set_model(model)
+        graph.remove_metric(model)  # that of a training that was interrupted
         if isinstance(self.signal, str) and not _accuracies(model):
-            self._remove_metric = graph.add_metric(model, _Accuracy())  # now, as the step is about to be compiled
+            _check_classifies(model)
+            graph.add_metric(model, _Accuracy())  # now, as the step is about to be compiled
 
     def on_train_begin(self, logs=None):
         check_in_model(self.augment, self.model)
 
     def on_train_end(self, logs=None):
-        if self._remove_metric:
-            _ = self.model  # on JAX: brings the state back, which has that of the metric
-            self._remove_metric()
-            self._remove_metric = None
+        _ = self.model  # on JAX: brings the state back, which has that of the metric
+        graph.remove_metric(self.model)
 
     def on_epoch_end(self, epoch, logs=None):
         _ = self.model  # on JAX: brings the state back before it is read and changed
@@ -171,6 +169,19 @@ class _Accuracy(keras.metrics.Mean):
         labels = ops.argmax(y_true, axis=-1) if is_one_hot else ops.reshape(y_true, (-1,))
         hits = ops.equal(ops.cast(labels, "int32"), ops.cast(ops.argmax(y_pred, axis=-1), "int32"))
         return super().update_state(ops.cast(hits, "float32"))
+
+
+def _check_classifies(model) -> None:
+    loss = keras.losses.get(model.loss) if isinstance(model.loss, str) else model.loss
+    kind = loss if hasattr(loss, "__name__") else type(loss)
+    if kind.__module__.startswith("keras.") and not any(
+        each in kind.__name__.lower() for each in ("categorical", "kl")
+    ):
+        raise ValueError(
+            "`AdaptiveMagnitude` measures an accuracy itself where the loss is one of classes, such as "
+            f"SparseCategoricalCrossentropy. Received: a model with loss={model.loss!r} and no accuracy. Compile it "
+            "with the accuracy that you mean among its `metrics`, or pass a function of the logs as `signal`."
+        )
 
 
 def _accuracies(model) -> list[str]:

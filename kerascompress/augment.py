@@ -116,10 +116,12 @@ class _Augmentation(keras.layers.Layer):
     def _augment(self, images, training, augment_batch):
         if not (rounds.inside_tf_data() if training is None else training):
             return images
-        if len(images.shape) not in (3, 4) or images.shape[-1] not in (1, 3):
+        shape: Any = getattr(images, "shape", ())
+        if len(shape) not in (3, 4) or shape[-1] not in (1, 3):
+            received = f"of shape {tuple(shape)}" if shape else f"as a {type(images).__name__}, not one tensor"
             raise ValueError(
                 f"{type(self).__name__} needs images of shape (batch, height, width, channels) or "
-                f"(height, width, channels), with 1 or 3 channels. Received: images of shape {tuple(images.shape)}."
+                f"(height, width, channels), with 1 or 3 channels. Received: images {received}."
             )
         if 0 in images.shape:
             return images
@@ -166,9 +168,10 @@ class RandAugment(_Augmentation):
 
     Args:
         magnitude: M in [0, 30], or `(low, high)`: drawn uniformly per image. `layer.magnitude` is a variable of shape
-            `()` or `(2,)`; `layer.magnitude.assign(...)` acts on the next step, without a retrace. In `tf.data`, it
-            acts on the images that have not been prefetched yet. Assigned below 0, it is off: every operation is the
-            identity, while at 0 AutoContrast, Equalize and Solarize still change images.
+            `()` or `(2,)`; `layer.magnitude.assign(...)` acts on the next step, without a retrace (in a callback on
+            JAX, read `self.model` first, which brings the state back). In `tf.data`, it acts on the images that have
+            not been prefetched yet. Assigned below 0, it is off: every operation is the identity, while at 0
+            AutoContrast, Equalize and Solarize still change images.
         num_ops: How many operations an image draws.
         ops: Names of `OPS`, or `Op` rows of your own; all of `OPS` by default.
         value_range: The values of black and white in the images: `(0, 255)`, `(0, 1)`, `(-1, 1)`. Float images are
@@ -177,7 +180,8 @@ class RandAugment(_Augmentation):
         fill_value: What rotate, shear and translate show outside of the image, from 0 (black) to 255 (white), whatever
             `value_range` is.
         interpolation: `"nearest"`, as in the paper, or `"bilinear"`.
-        seed: Makes the draws reproducible.
+        seed: Makes the draws reproducible; in `tf.data`, without `num_parallel_calls`, in whose calls they are drawn in
+            any order.
 
     Call arguments:
         images: uint8 or float, `(batch, height, width, channels)` or `(height, width, channels)`, 1 or 3 channels.

@@ -16,6 +16,7 @@ import keras
 import numpy as np
 from keras.src import backend
 from keras.src.applications.convnext import LayerScale, StochasticDepth
+from keras.src.backend.common import global_state
 from keras.src.models import Functional
 from keras.src.saving.serialization_lib import SafeModeScope
 
@@ -55,9 +56,15 @@ def walk(layer: keras.Layer) -> list[keras.Layer]:
     return list({id(each): each for each in layer._flatten_layers()}.values())
 
 
-def without_autocast() -> Any:
-    """A scope in which variables have the values that they hold, also while a layer computes with less precision."""
-    return backend.AutocastScope(None)
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """Variables have the values, and the dtypes, that they hold, also while a layer computes with less precision."""
+    scope = backend.get_autocast_scope()
+    global_state.set_global_attribute("autocast_scope", None)  # in one of None, Keras takes all for `floatx`
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute("autocast_scope", scope)
 
 
 def forget_losses(layer: keras.Layer) -> None:
@@ -86,8 +93,8 @@ def metrics(model: keras.Model) -> list[Any]:
     return [*(each for each in keras.tree.flatten(given) if each is not None), *model.metrics]
 
 
-def add_metric(model: keras.Model, metric: keras.Metric) -> Callable[[], None]:
-    """Has a model measure one thing more, in training and in evaluation, until what is returned is called.
+def add_metric(model: keras.Model, metric: keras.Metric) -> None:
+    """Has a model measure one thing more, in training and in evaluation, until `remove_metric`.
 
     Its steps are compiled anew, before and after.
     """
@@ -97,15 +104,19 @@ def add_metric(model: keras.Model, metric: keras.Metric) -> Callable[[], None]:
         metric.update_state(y, y_pred)
         return compute(x, y, y_pred, sample_weight)
 
-    def remove():
-        object.__delattr__(model, "compute_metrics")
-        model._metrics.remove(metric)
-        model.train_function = model.test_function = None
-
+    compute_metrics.added = metric  # type: ignore[attr-defined]
     object.__setattr__(model, "compute_metrics", compute_metrics)
     model._metrics.append(metric)
     model.train_function = model.test_function = None
-    return remove
+
+
+def remove_metric(model: keras.Model) -> None:
+    """Takes away what `add_metric` has added, if there is anything."""
+    metric = getattr(model.__dict__.get("compute_metrics"), "added", None)
+    if metric is not None:
+        object.__delattr__(model, "compute_metrics")
+        model._metrics.remove(metric)
+        model.train_function = model.test_function = None
 
 
 def is_graph(layer: Any) -> bool:

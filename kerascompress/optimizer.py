@@ -40,8 +40,8 @@ class PruningOptimizer(keras.optimizers.Optimizer):
     `EarlyStopping(restore_best_weights=True)` may give back an epoch from before the pruning.
 
     Args:
-        inner_optimizer: A `keras.optimizers.Optimizer`, or its name. Weight decay, clipping, moving averages, gradient
-            accumulation and learning-rate schedules are settings of it; `learning_rate` is passed through.
+        inner_optimizer: A new `keras.optimizers.Optimizer`, or its name. Weight decay, clipping, moving averages,
+            gradient accumulation and learning-rate schedules are settings of it; `learning_rate` is passed through.
         pruning_schedule: `PolynomialDecay`, `ConstantSparsity` or any callable `step -> (should_prune, sparsity)` that
             computes with `keras.ops`, because the step is a tensor. Without one, weights that are zero when the
             optimizer is built stay zero: for the retraining of a pruned model.
@@ -56,7 +56,8 @@ class PruningOptimizer(keras.optimizers.Optimizer):
         pruning_vars: List of `(kernel, mask, threshold)` variables, once built; in a mask, True keeps.
 
     Raises:
-        ValueError: If a setting is out of range, there is nothing to prune, or a kernel is not finite.
+        ValueError: If a setting is out of range, there is nothing to prune, a kernel is not finite, or the inner
+            optimizer has been built before.
         TypeError: If an argument has another type, or the schedule cannot compute with a tensor.
 
     Example:
@@ -121,6 +122,13 @@ class PruningOptimizer(keras.optimizers.Optimizer):
             )
         for kernel in kernels:
             self.rule.check(kernel, "Leave it out: `allow=lambda variable: ...`.")
+        if self.inner_optimizer.built:
+            raise ValueError(
+                "`inner_optimizer` must be a new one: this one has been built, for this model or another, and its "
+                f"updates are the steps of the schedule. Received: inner_optimizer={self.inner_optimizer!r} after "
+                f"{int(as_array(self.iterations))} updates. Pass "
+                "`type(inner_optimizer).from_config(inner_optimizer.get_config())`."
+            )
         if self.allow is None:
             _warn_of_dense_weights(variables, kernels)
         self.inner_optimizer.build(variables)
@@ -197,6 +205,15 @@ class PruningOptimizer(keras.optimizers.Optimizer):
         self.inner_optimizer.learning_rate = learning_rate
 
     @property
+    def loss_scale_factor(self):
+        return self.inner_optimizer.loss_scale_factor
+
+    @loss_scale_factor.setter
+    def loss_scale_factor(self, loss_scale_factor):
+        if hasattr(self, "inner_optimizer"):  # not while Keras sets defaults
+            self.inner_optimizer.loss_scale_factor = loss_scale_factor
+
+    @property
     def iterations(self):
         """Updates done: the step of the schedule."""
         return self.inner_optimizer.iterations
@@ -206,6 +223,10 @@ class PruningOptimizer(keras.optimizers.Optimizer):
 
     def scale_loss(self, loss):
         return self.inner_optimizer.scale_loss(loss)
+
+    def apply_gradients(self, grads_and_vars):
+        super().apply_gradients(grads_and_vars)
+        return self.inner_optimizer._iterations
 
     def apply(self, grads, trainable_variables=None):
         if not self.built and trainable_variables is not None:
@@ -249,6 +270,11 @@ class PruningOptimizer(keras.optimizers.Optimizer):
                 average.assign(average.value * keep)
 
     def finalize_variable_values(self, var_list):
+        if self.built and not {id(kernel) for kernel in self._kernels} & {id(variable) for variable in var_list}:
+            raise ValueError(  # on JAX, nothing tells before
+                "This `PruningOptimizer` has the masks of another model, with which the variables that it was given "
+                f"have been trained. Make one for each model. Received: {[variable.path for variable in var_list]}."
+            )
         self.inner_optimizer.finalize_variable_values(var_list)
         if self.built and sys.exc_info()[0] is None:  # after an error, JAX leaves variables without values
             self._warn_of_collapse([not as_array(mask).any() for mask in self._masks])

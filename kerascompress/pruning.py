@@ -281,6 +281,7 @@ def kernels_of(model: keras.Layer) -> list[keras.Variable]:
 def pruning_vars(model: keras.Layer) -> list[tuple[keras.Variable, keras.Variable, keras.Variable]]:
     """`(kernel, mask, threshold)` of every pruned kernel, of whichever carrier."""
     carriers = [*wrappers_in(model), *optimizers(model)]
+    carriers += getattr(carriers[-1], "optimizers", [])  # of a `keras.optimizers.MultiOptimizer`
     return [each for carrier in carriers for each in getattr(carrier, "pruning_vars", ())]
 
 

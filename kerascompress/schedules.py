@@ -8,6 +8,7 @@ import functools
 import importlib
 import os
 import sys
+import types
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -170,10 +171,11 @@ class SparsityLinkedMagnitude:
 
 
 def serialize(function: Any, what: str) -> Any:
-    """The config of a schedule or another function; a ValueError if it is a lambda, which cannot be saved."""
-    if getattr(function, "__name__", "") == "<lambda>":
+    """The config of a schedule or another function; a ValueError if it is one that could not be loaded."""
+    kind = "lambda" if getattr(function, "__name__", "") == "<lambda>" else "method"
+    if kind == "lambda" or isinstance(function, types.MethodType):
         raise ValueError(
-            f"A lambda cannot be saved. Received: a lambda as {what}. "
+            f"A {kind} cannot be saved. Received: a {kind} as {what}. "
             "Make a function of it with the decorator `keras.saving.register_keras_serializable()`."
         )
     config = keras.saving.serialize_keras_object(function)

@@ -182,13 +182,13 @@ def validation_score(
         The score.
 
     Raises:
-        ValueError: If `metric` is another, if there is no label for every image, or if a model that ends in a softmax
-            or sigmoid is asked for its cross-entropy.
+        ValueError: If `metric` is another, there is no label for every image or one that is no class, the model has
+            another output, or one that ends in a softmax or sigmoid is asked for its cross-entropy.
 
     Example:
         >>> import keras, numpy as np, kerascompress as kc
-        >>> model = keras.Sequential([keras.Input((4, 4, 1)), keras.layers.GlobalMaxPooling2D(), keras.layers.ReLU()])
-        >>> images, labels = np.ones((8, 4, 4, 1), "uint8"), np.zeros(8, int)
+        >>> model = keras.Sequential([keras.Input((4, 4, 3)), keras.layers.GlobalMaxPooling2D(), keras.layers.ReLU()])
+        >>> images, labels = np.ones((8, 4, 4, 3), "uint8"), np.zeros(8, int)
         >>> kc.validation_score(model, images, labels, augment=kc.RandAugment(14, seed=0))
         1.0
 
@@ -212,7 +212,20 @@ def validation_score(
     if augment is not None:
         batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
         images = np.concatenate([keras.ops.convert_to_numpy(augment(batch, training=True)) for batch in batches])
-    logits = model.predict(images, batch_size=batch_size, verbose=0).astype("float64")
+    logits = model.predict(images, batch_size=batch_size, verbose=0)
+    classes: Any = getattr(logits, "shape", ())[1:]
+    if len(classes) != 1 or classes[0] < 2:
+        raise ValueError(
+            "`model` must have one output, (batch, classes), of two classes or more; of another, compute a score of "
+            f"your own. Received: {model.name!r} with outputs "
+            f"{keras.tree.map_structure(lambda each: (None, *each.shape[1:]), logits)}."
+        )
+    if labels.dtype.kind not in "iu" or not 0 <= labels.min() <= labels.max() < classes[0]:
+        raise ValueError(
+            f"`labels` must be integers from 0 to {classes[0] - 1}, as the model has {classes[0]} classes. "
+            f"Received: {labels.dtype} labels from {labels.min()} to {labels.max()}."
+        )
+    logits = logits.astype("float64")
     if metric == "accuracy":
         return float(np.mean(logits.argmax(-1) == labels))
     logits -= logits.max(-1, keepdims=True)

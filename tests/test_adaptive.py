@@ -160,6 +160,27 @@ def test_a_model_without_an_accuracy_gets_one(labels, metrics):
     assert not [metric for metric in model.metrics if metric.name == "accuracy"]  # it is gone with the training
 
 
+def test_what_an_interrupted_training_has_left_is_gone_with_the_next():
+    class Interrupt(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            raise KeyboardInterrupt
+
+    augment = live(0)
+    model = trainer(augment, metrics=None)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, [kc.AdaptiveMagnitude(augment), Interrupt()], 1)
+    history = fit(model, [kc.AdaptiveMagnitude(augment)], 1)
+    assert "accuracy" in history
+    assert isinstance(model.evaluate(*data(), verbose=0), float)  # the loss alone
+
+
+@pytest.mark.once("jax")
+def test_a_loss_that_is_none_of_classes_has_no_accuracy():
+    model = trainer(None, loss="mse", metrics=None)
+    with pytest.raises(ValueError, match="loss='mse' and no accuracy"):
+        fit(model, [kc.AdaptiveMagnitude(live(0))], 1, y=np.ones((32, 10)), validation_data=None)
+
+
 def test_a_subclassed_model_can_be_copied_after_an_accuracy_was_added():
     class Plain(keras.Model):
         def __init__(self):

@@ -407,6 +407,75 @@ def test_a_model_that_was_saved_before_its_first_step_is_pruned_by_the_weights_t
         np.testing.assert_array_equal(after != 0, largest)
 
 
+def test_an_optimizer_that_has_been_built_is_refused_as_its_updates_would_count_as_steps():
+    model = net()
+    model.compile(keras.optimizers.Adam(0.01), LOSS)
+    fit(model)
+    prune(model, model.optimizer)
+    with pytest.raises(ValueError, match=r"must be a new one.*after 8 updates"):
+        fit(model)
+    prune(model, keras.optimizers.Adam.from_config(model.optimizer.inner_optimizer.get_config()))
+    fit(model)
+    assert kc.sparsity(model) == pytest.approx(DECAY["final_sparsity"], abs=0.01)
+
+
+def test_an_optimizer_with_the_masks_of_another_model_is_an_error():
+    first, second = prune(net()), net()
+    fit(first)
+    second.compile(first.optimizer, LOSS)
+    with pytest.raises((ValueError, KeyError), match=r"masks of another model|[Uu]nknown variable|not the ones"):
+        fit(second)
+
+
+def test_a_loss_scale_that_is_set_from_outside_is_the_inner_optimizers():
+    optimizer = kc.PruningOptimizer(keras.optimizers.SGD(0.1, loss_scale_factor=1024.0))
+    assert optimizer.loss_scale_factor == 1024
+    keras.optimizers.LossScaleOptimizer(optimizer)  # which scales by itself
+    assert optimizer.inner_optimizer.loss_scale_factor is None
+    several = keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(optimizer), loss_scale_factor=128.0)
+    assert optimizer.inner_optimizer.loss_scale_factor == 128
+    assert several.scale_loss(1.0) == 128
+
+
+def test_one_of_several_optimizers_prunes_what_is_its_own_and_is_counted():
+    optimizer = kc.PruningOptimizer(keras.optimizers.SGD(0.1), kc.ConstantSparsity(0.5, 0, 0), allow=is_wide)
+    model = keras.Sequential([keras.Input((6, 6, 2)), layers.Flatten(), layers.Dense(4)])
+    rest = {".*bias": keras.optimizers.Adam()}
+    model.compile(keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(optimizer, rest)), LOSS)
+    fit(model)
+    assert [kernel.path for kernel, _, _ in kc.pruning.pruning_vars(model)] == [model.layers[1].kernel.path]
+    assert kc.sparsity(model) == 0.5
+
+
+def is_wide(variable):
+    return len(variable.shape) > 1
+
+
+def test_a_loop_that_asks_for_the_updates_gets_their_number():
+    optimizer, kernel = kc.PruningOptimizer(keras.optimizers.SGD(0.1)), keras.Variable(np.ones((2, 2)), name="kernel")
+    for _ in range(3):
+        updates = optimizer.apply_gradients([(ops.zeros((2, 2)), kernel)])
+    assert int(ops.convert_to_numpy(updates)) == 3
+
+
+def test_a_method_as_schedule_cannot_be_saved():
+    class Mine:
+        def schedule(self, step):
+            return step >= 0, 0.5
+
+    with pytest.raises(ValueError, match="a method as pruning_schedule"):
+        kc.PruningOptimizer("sgd", Mine().schedule).get_config()
+
+
+def test_whoever_counts_counts_what_allow_has_chosen():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    model.compile(kc.PruningOptimizer("sgd", kc.ConstantSparsity(0.5, 0, 0), allow=lambda variable: True), "mse")
+    model.optimizer.build(model.trainable_variables)  # 4 of 8 weights and 1 of 2 biases
+    model.set_weights([np.array([[1, 0]] * 4), np.array([0, 0])])
+    assert kc.sparsity(model) == pytest.approx(6 / 10)
+    assert kc.summary(model).sparsity == pytest.approx(6 / 10)
+
+
 def test_sparsity_is_that_of_the_weights_not_of_the_masks_that_somebody_has_written_over():
     model = prune(net(), schedule=kc.ConstantSparsity(0.75, 0, 0))
     dense = model.get_weights()

@@ -208,6 +208,30 @@ def test_global_pruning_says_once_which_kernel_it_has_removed_altogether():
     fit(pruned)  # a second warning would be an error
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_layer_in_another_precision_computes_in_it(dtype):
+    model = keras.Sequential([keras.Input((8,)), layers.Dense(6, dtype=dtype), layers.Dense(2)])
+    model.layers[0].kernel.assign(np.random.default_rng(0).normal(size=(8, 6)))
+    pruned = kc.prune_low_magnitude(model, kc.ConstantSparsity(0.5, 0))
+    inputs, wrapper = keras.ops.ones((4, 8)), pruned.layers[0]
+    kept = np.random.default_rng(1).integers(0, 2, (8, 6))
+    wrapper.pruning_vars[0][1].assign(kept.astype(bool))
+    model.layers[0].kernel.assign(model.layers[0].kernel * kept)
+    ours, theirs = wrapper(inputs), model.layers[0](inputs)
+    assert keras.backend.standardize_dtype(ours.dtype) == keras.backend.standardize_dtype(theirs.dtype)
+    as_float = [keras.ops.convert_to_numpy(keras.ops.cast(each, "float32")) for each in (ours, theirs)]
+    np.testing.assert_array_equal(*as_float)
+
+
+def test_a_later_training_without_the_callback_is_an_error_too():
+    pruned = kc.prune_low_magnitude(small_net(), kc.ConstantSparsity(0.5, 0))
+    compile_(pruned)
+    fit(pruned)
+    compile_(pruned)
+    with pytest.raises(RuntimeError, match="UpdatePruningStep"):
+        pruned.fit(*data(8), verbose=0)
+
+
 def test_two_scopes_in_one_model_do_not_mix():
     model = keras.Sequential(
         [

@@ -231,6 +231,26 @@ def test_the_score_is_minus_the_objective_of_equation_3_or_the_accuracy():
 
 
 @pytest.mark.once("jax")
+@pytest.mark.parametrize(
+    ("outputs", "labels", "message"),
+    [
+        (keras.layers.Dense(1, "sigmoid"), [0, 1, 1], r"two classes or more.*\(None, 1\)"),
+        (keras.layers.Dense(4), [0, 1, 4], "from 0 to 3.*from 0 to 4"),
+        (keras.layers.Dense(4), [0, 1, -1], "from 0 to 3.*from -1 to 1"),
+        (keras.layers.Dense(4), [0.0, 1.0, 2.0], "must be integers.*float"),
+        (keras.layers.Reshape((2, 2)), [0, 1, 1], r"\(None, 2, 2\)"),
+    ],
+)
+def test_what_is_no_classifier_and_no_class_has_no_score(outputs, labels, message):
+    model = keras.Sequential([keras.Input((2, 2, 1)), keras.layers.Flatten(), outputs])
+    with pytest.raises(ValueError, match=message):
+        kc.validation_score(model, np.zeros((3, 2, 2, 1), "uint8"), np.array(labels))
+    both = keras.Model(model.inputs, [model.outputs[0], model.outputs[0]])
+    with pytest.raises(ValueError, match="must have one output"):
+        kc.validation_score(both, np.zeros((3, 2, 2, 1), "uint8"), np.array([0, 1, 1]))
+
+
+@pytest.mark.once("jax")
 def test_the_score_is_on_augmented_images_if_asked_and_the_same_for_the_same_seed():
     images, labels = np.random.default_rng(0).integers(0, 256, (40, 4, 4, 1), "uint8"), np.arange(40) % 5
     model = keras.Sequential([keras.Input((4, 4, 1)), keras.layers.Flatten(), keras.layers.Dense(5)])
