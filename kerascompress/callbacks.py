@@ -98,8 +98,8 @@ class UpdatePruningStep(StepCallback):
     Counts the optimizer's updates and, whenever a step at which a schedule prunes lies between the last batch and this
     one, recomputes the masks; so `steps_per_execution` may be anything. If the schedule has an `end_step`, there is an
     update at that very step even when the frequency misses it. Step 0 lies before the first batch. A model that was
-    saved and loaded goes on where it was. Every `fit` needs it: in one without, masks stay as they are, and only a model
-    that was compiled anew says so. In a training loop of your own, see `callbacks.StepCallback`; tfmot's own
+    saved and loaded goes on where it was. Every `fit` needs it: in one without, masks stay as they are, and only a
+    model that was compiled anew says so. In a training loop of your own, see `callbacks.StepCallback`; tfmot's own
     works as it is.
 
     Raises:
