@@ -250,10 +250,10 @@ def test_a_wrapped_layer_computes_each_part_in_its_own_precision():
     class Mixed(layers.Layer):
         def __init__(self):
             super().__init__(dtype="mixed_bfloat16")
-            self.half, self.whole = layers.Dense(4, dtype="mixed_bfloat16"), layers.Dense(2, dtype="float32")
+            self.rough, self.fine = layers.Dense(4, dtype="mixed_bfloat16"), layers.Dense(2, dtype="float32")
 
         def call(self, inputs):
-            return self.whole(self.half(inputs))
+            return self.fine(self.rough(inputs))
 
     dense = keras.Sequential([keras.Input((6, 6, 2)), Mixed()])
     np.testing.assert_array_equal(outputs(kc.prune_low_magnitude(dense)), outputs(dense))
