@@ -17,3 +17,5 @@ autodoc_typehints = "none"  # the docstrings say types in words
 autoclass_content = "class"
 html_theme = "furo"
 html_title = f"kerascompress {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
