@@ -153,17 +153,19 @@ def curves(axes, arms):
 
 
 def dots(axes, arms):
-    """Draws by how much each arm leads none, a row an arm, a marker for each ratio."""
-    names = [arm for arm in arms if arm != "none"]
-    for p, style in zip(sorted(arms["none"]), STYLES, strict=False):
-        leads = {arm: arms[arm][p][0] - arms["none"][p][0] for arm in names if p in arms[arm]}
+    """Draws by how much each arm leads the first, none if it is there: a row an arm, a marker for each ratio."""
+    base, *names = arms
+    for p, style in zip(sorted(arms[base]), STYLES, strict=False):
+        leads = {arm: arms[arm][p][0] - arms[base][p][0] for arm in names if p in arms[arm]}
+        if not leads:
+            continue  # there is nothing else yet
         counts = {arms[arm][p][2] for arm in leads}
         label = f"p = {p:g} (n = {'–'.join(map(str, sorted({min(counts), max(counts)})))})"
         axes.plot([*leads.values()], [names.index(arm) for arm in leads], label=label, **style | {"linestyle": "none"})
     axes.axvline(0, color="#888888", linewidth=1)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlabel("points over none, mean over the seeds")
+    axes.set_xlabel(f"points over {claims.spaced(base)}, mean over the seeds")
 
 
 FIGURES = {"fig1": curves, "fig2": curves, "fig3": lines, "fig4": lines, "fig6": columns, "fig7": columns}

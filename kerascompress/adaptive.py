@@ -42,7 +42,7 @@ class AdaptiveMagnitude(keras.callbacks.Callback):
     it.
 
     The accuracy is the one that the model is compiled with, whatever its name. If there is none, one is measured while
-    `fit` runs, for integer or one-hot labels.
+    `fit` runs, for integer or one-hot labels, where the loss is a categorical cross-entropy or KL, or one of your own.
 
     Args:
         augment: A layer with a scalar variable `magnitude` that is off below 0, such as `RandAugment`, in the model or,
@@ -110,17 +110,19 @@ class AdaptiveMagnitude(keras.callbacks.Callback):
 
     def set_model(self, model):
         super().set_model(model)
-        graph.remove_metric(model)  # that of a training that was interrupted
-        if isinstance(self.signal, str) and not _accuracies(model):
-            _check_classifies(model)
-            graph.add_metric(model, _Accuracy())  # now, as the step is about to be compiled
+        if isinstance(self.signal, str):
+            graph.remove_metric(model)  # that of a training that was interrupted
+            if not _accuracies(model):
+                _check_classifies(model)
+                graph.add_metric(model, _Accuracy())  # now, as the step is about to be compiled
 
     def on_train_begin(self, logs=None):
         check_in_model(self.augment, self.model)
 
     def on_train_end(self, logs=None):
-        _ = self.model  # on JAX: brings the state back, which has that of the metric
-        graph.remove_metric(self.model)
+        if isinstance(self.signal, str):
+            _ = self.model  # on JAX: brings the state back, which has that of the metric
+            graph.remove_metric(self.model)
 
     def on_epoch_end(self, epoch, logs=None):
         _ = self.model  # on JAX: brings the state back before it is read and changed
@@ -177,7 +179,7 @@ class _Accuracy(keras.metrics.Mean):
 def _check_classifies(model) -> None:
     loss = keras.losses.get(model.loss) if isinstance(model.loss, str) else model.loss
     kind = loss if hasattr(loss, "__name__") else type(loss)
-    if kind.__module__.startswith("keras.") and not any(
+    if (kind.__module__ or "").startswith("keras.") and not any(
         each in kind.__name__.lower() for each in ("categorical", "kl")
     ):
         raise ValueError(

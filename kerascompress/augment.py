@@ -118,7 +118,8 @@ class _Augmentation(keras.layers.Layer):
             return images
         shape: Any = getattr(images, "shape", ())
         if len(shape) not in (3, 4) or shape[-1] not in (1, 3):
-            received = f"of shape {tuple(shape)}" if shape else f"as a {type(images).__name__}, not one tensor"
+            has_shape = hasattr(images, "shape")
+            received = f"of shape {tuple(shape)}" if has_shape else f"as a {type(images).__name__}, not one tensor"
             raise ValueError(
                 f"{type(self).__name__} needs images of shape (batch, height, width, channels) or "
                 f"(height, width, channels), with 1 or 3 channels. Received: images {received}."

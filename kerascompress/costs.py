@@ -9,7 +9,7 @@ import numpy as np
 from keras import layers
 
 from kerascompress import graph
-from kerascompress.masks import as_array
+from kerascompress.masks import as_array, is_kernel
 from kerascompress.pruning import check_countable, kernels_of
 from kerascompress.wrapper import PruneLowMagnitude, wrappers_in
 
@@ -90,7 +90,8 @@ def facts(model: keras.Model, weights: list[keras.Variable]) -> dict[str, Any]:
     sizes = {id(weight): math.prod(weight.shape) for weight in weights}
     macs = _macs(model)
     total = sum(sizes[id(kernel)] for kernel in kernels)
-    counted = [macs.get(id(kernel)) for kernel in kernels]
+    # What an optimizer's `allow` has chosen beside kernels multiplies nothing.
+    counted = [macs.get(id(each), None if is_kernel(each) or len(each.shape) > 1 else 0) for each in kernels]
     rows = [
         {
             "name": names.get(id(kernel), kernel.path),

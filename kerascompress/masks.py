@@ -264,8 +264,8 @@ def _keep_of_each_group(magnitudes, keep, n):
 
 
 def _unzip(pairs) -> tuple[list, list]:
-    first, second = zip(*pairs, strict=True)
-    return list(first), list(second)
+    pairs = list(pairs)
+    return [first for first, _ in pairs], [second for _, second in pairs]
 
 
 def _pair(value: Any, name: str) -> tuple[int, int]:

@@ -57,7 +57,7 @@ class PruningOptimizer(keras.optimizers.Optimizer):
 
     Raises:
         ValueError: If a setting is out of range, there is nothing to prune, a kernel is not finite, or the inner
-            optimizer has been built before.
+            optimizer has updated before, or been built for other variables.
         TypeError: If an argument has another type, or the schedule cannot compute with a tensor.
 
     Example:
@@ -123,12 +123,7 @@ class PruningOptimizer(keras.optimizers.Optimizer):
         for kernel in kernels:
             self.rule.check(kernel, "Leave it out: `allow=lambda variable: ...`.")
         if self.inner_optimizer.built:
-            raise ValueError(
-                "`inner_optimizer` must be a new one: this one has been built, for this model or another, and its "
-                f"updates are the steps of the schedule. Received: inner_optimizer={self.inner_optimizer!r} after "
-                f"{int(as_array(self.iterations))} updates. Pass "
-                "`type(inner_optimizer).from_config(inner_optimizer.get_config())`."
-            )
+            self._check_inner(variables)
         if self.allow is None:
             _warn_of_dense_weights(variables, kernels)
         self.inner_optimizer.build(variables)
@@ -155,6 +150,18 @@ class PruningOptimizer(keras.optimizers.Optimizer):
             if not self._is_late:
                 self._project(with_averages=False)  # they begin with the first update
 
+    def _check_inner(self, variables):
+        with _outside_of_graphs():
+            updates = int(as_array(self.iterations))
+        its_own = {id(each) for each in self.inner_optimizer._trainable_variables} == {id(each) for each in variables}
+        if not its_own or (updates and self.pruning_schedule is not None):
+            raise ValueError(
+                "`inner_optimizer` must be a new one: this one has been built "
+                + ("before, and its updates are the steps of the schedule" if its_own else "for other variables")
+                + f". Received: inner_optimizer={self.inner_optimizer!r} after {updates} updates. Pass "
+                "`type(inner_optimizer).from_config(inner_optimizer.get_config())`."
+            )
+
     def _add(self, name, value, dtype):
         value = np.asarray(value)
         return self.add_variable(
@@ -179,7 +186,7 @@ class PruningOptimizer(keras.optimizers.Optimizer):
 
     def _warn_of_collapse(self, gone):
         paths = [kernel.path for kernel, is_gone in zip(self._kernels, gone, strict=True) if is_gone]
-        if self.pruning_schedule is not None:
+        if paths and self.pruning_schedule is not None:
             warn_of_collapse(evaluate(self.pruning_schedule, int(as_array(self.iterations)))[1], paths)
 
     def load_own_variables(self, store):
@@ -270,13 +277,15 @@ class PruningOptimizer(keras.optimizers.Optimizer):
                 average.assign(average.value * keep)
 
     def finalize_variable_values(self, var_list):
-        if self.built and not {id(kernel) for kernel in self._kernels} & {id(variable) for variable in var_list}:
+        is_done = self.built and sys.exc_info()[0] is None  # after an error, JAX leaves variables without values
+        known = {id(each) for each in self._trainable_variables}
+        if is_done and var_list and not any(id(each) in known for each in var_list):
             raise ValueError(  # on JAX, nothing tells before
                 "This `PruningOptimizer` has the masks of another model, with which the variables that it was given "
                 f"have been trained. Make one for each model. Received: {[variable.path for variable in var_list]}."
             )
         self.inner_optimizer.finalize_variable_values(var_list)
-        if self.built and sys.exc_info()[0] is None:  # after an error, JAX leaves variables without values
+        if is_done:
             self._warn_of_collapse([not as_array(mask).any() for mask in self._masks])
             schedules.warn_if_not_begun(self.pruning_schedule, int(as_array(self.iterations)))
 

@@ -180,7 +180,8 @@ class PruneLowMagnitude(layers.Wrapper):
                 "A model with pruned layers needs the `UpdatePruningStep` callback, which tells them the step. "
                 "Make and compile the model again, and add it: "
                 "`model.fit(..., callbacks=[kerascompress.UpdatePruningStep()])`. In your own training loop, call its "
-                "`set_model`, `on_train_begin`, `on_epoch_begin`, `on_train_batch_end` and `on_epoch_end`."
+                "`set_model`, `on_train_begin`, `on_epoch_begin`, `on_train_batch_end` and `on_epoch_end`. To call a "
+                "trained model with training=True, use `strip_pruning` first."
             )
         # Inside a StatelessScope a variable has the value given here, so the masked kernel takes the kernel's place in
         # whatever the layer computes.

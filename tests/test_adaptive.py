@@ -175,6 +175,15 @@ def test_what_an_interrupted_training_has_left_is_gone_with_the_next():
 
 
 @pytest.mark.once("jax")
+def test_the_accuracy_that_one_has_added_serves_another_too():
+    first, second = live(0), live(0)
+    model = trainer(first, [second, layers.Rescaling(1 / 255), layers.Flatten(), layers.Dense(10)], metrics=None)
+    by_logs = kc.AdaptiveMagnitude(second, lambda logs: logs["accuracy"], -1.0)
+    fit(model, [kc.AdaptiveMagnitude(first, "accuracy", -0.5), by_logs], 1)
+    assert [float(keras.ops.convert_to_numpy(each.magnitude)) for each in (first, second)] == [0.5, 0.5]
+
+
+@pytest.mark.once("jax")
 def test_a_loss_that_is_none_of_classes_has_no_accuracy():
     model = trainer(None, loss="mse", metrics=None)
     with pytest.raises(ValueError, match="loss='mse' and no accuracy"):

@@ -407,7 +407,8 @@ def test_a_model_that_was_saved_before_its_first_step_is_pruned_by_the_weights_t
         np.testing.assert_array_equal(after != 0, largest)
 
 
-def test_an_optimizer_that_has_been_built_is_refused_as_its_updates_would_count_as_steps():
+@pytest.mark.quick
+def test_an_optimizer_that_has_updated_is_refused_as_its_updates_would_count_as_steps():
     model = net()
     model.compile(keras.optimizers.Adam(0.01), LOSS)
     fit(model)
@@ -417,6 +418,28 @@ def test_an_optimizer_that_has_been_built_is_refused_as_its_updates_would_count_
     prune(model, keras.optimizers.Adam.from_config(model.optimizer.inner_optimizer.get_config()))
     fit(model)
     assert kc.sparsity(model) == pytest.approx(DECAY["final_sparsity"], abs=0.01)
+
+
+def test_an_optimizer_that_keeps_zeros_goes_on_with_the_moments_that_it_has():
+    model = net()
+    model.compile(keras.optimizers.Adam(0.01), LOSS)
+    fit(model)
+    model.compile(kc.PruningOptimizer(model.optimizer), LOSS)
+    fit(model)
+    assert int(ops.convert_to_numpy(model.optimizer.iterations)) == 16
+    small = net()
+    small.compile(kc.PruningOptimizer(model.optimizer.inner_optimizer), LOSS)
+    with pytest.raises(ValueError, match="built for other variables"):
+        fit(small)
+
+
+def test_all_kernels_may_be_frozen_after_the_optimizer_was_built():
+    model = prune(net(), schedule=kc.ConstantSparsity(0.5, 0, 0))
+    fit(model)
+    optimizer = model.optimizer
+    biases = [each for each in model.trainable_variables if len(each.shape) == 1]
+    optimizer.finalize_variable_values(biases)
+    optimizer.finalize_variable_values([])
 
 
 def test_an_optimizer_with_the_masks_of_another_model_is_an_error():
@@ -474,6 +497,7 @@ def test_whoever_counts_counts_what_allow_has_chosen():
     model.set_weights([np.array([[1, 0]] * 4), np.array([0, 0])])
     assert kc.sparsity(model) == pytest.approx(6 / 10)
     assert kc.summary(model).sparsity == pytest.approx(6 / 10)
+    assert kc.summary(model).macs == 8  # biases multiply nothing
 
 
 def test_sparsity_is_that_of_the_weights_not_of_the_masks_that_somebody_has_written_over():
