@@ -59,7 +59,7 @@ def main():
     trainers = {arm: make(images) for arm in seconds}
     for turn in range(args.turns + 1):  # the first compiles
         for arm, (trainer, augment) in trainers.items():
-            callbacks = [Timed(augment, step=0.001)] if arm == "adaptive" else []
+            callbacks = [Timed(augment, speed=0.001)] if arm == "adaptive" else []
             start = time.perf_counter()
             trainer.fit(
                 images[:1000],

@@ -131,7 +131,7 @@ def adapts(run, signal="gap", target=None, start=None):
     def moves(augment):
         if start is not None:
             augment.magnitude.assign(start)
-        setting = {"step": run.step * frequency, "frequency": frequency}
+        setting = {"speed": run.step * frequency, "frequency": frequency}
         return kc.AdaptiveMagnitude(augment, signal, run.target if target is None else target, **setting)
 
     return moves

@@ -24,12 +24,12 @@ CLASSES = (
 class AdaptiveMagnitude(keras.callbacks.Callback):
     """Moves the magnitude of an augmentation by what training itself shows, for any model, pruned or not.
 
-    After an epoch, `M <- M + step` if the signal is above its set-point, `M - step` if it is below. The signal is the
+    After an epoch, `M <- M + speed` if the signal is above its set-point, `M - speed` if it is below. The signal is the
     gap between the accuracy on the augmented training images and the one on held-out images, which `fit` computes
     anyway. A network that fits augmented images better than held-out ones has room for stronger augmentation; one that
     has lost its weights has not, and the magnitude falls with them.
 
-    M lies in [0, 30], and one step below 0 is off: `RandAugment` then leaves images alone, which at M = 0 it does not
+    M lies in [0, 30], and one move below 0 is off: `RandAugment` then leaves images alone, which at M = 0 it does not
     (AutoContrast and Equalize have no strength). At high sparsity, where no augmentation is best, that is where M ends;
     where the signal crosses its set-point between off and 0, M alternates.
 
@@ -54,7 +54,7 @@ class AdaptiveMagnitude(keras.callbacks.Callback):
             of 10 and of 100 classes, dense and pruned, were then about as accurate as at their best constant magnitude;
             the study that decides is not complete (experiments/README.md). An accuracy has no default, as its set-point
             depends on the number of classes.
-        step: How far M moves, in (0, 30]. The default goes from 0 to 15 in 30 epochs.
+        speed: How far M moves at a time, in [0.001, 30]. The default goes from 0 to 15 in 30 epochs.
         frequency: Epochs from one move to the next: `validation_freq` of `fit`.
 
     Raises:
@@ -80,7 +80,7 @@ class AdaptiveMagnitude(keras.callbacks.Callback):
         signal: str | Callable[[dict[str, float]], float] = "gap",
         target: float | None = None,
         *,
-        step: float = 0.5,
+        speed: float = 0.5,
         frequency: int = 1,
     ):
         super().__init__()
@@ -101,12 +101,12 @@ class AdaptiveMagnitude(keras.callbacks.Callback):
                 "`target` must be a fraction, as accuracies are. "
                 f"Received: target={target}. If yours is in percent, divide it by 100."
             )
-        if not 0.001 <= step <= 30:
-            raise ValueError(f"`step` must be in [0.001, 30], on the scale of magnitudes. Received: step={step}.")
+        if not 0.001 <= speed <= 30:
+            raise ValueError(f"`speed` must be in [0.001, 30], on the scale of magnitudes. Received: speed={speed}.")
         if not isinstance(frequency, int) or frequency < 1:
             raise ValueError(f"`frequency` must be a whole number of epochs, at least 1. Received: {frequency}.")
         self.augment, self.signal, self.target = augment, signal, target
-        self.step, self.frequency = step, frequency
+        self.speed, self.frequency = speed, frequency
 
     def set_model(self, model):
         super().set_model(model)
@@ -130,9 +130,9 @@ class AdaptiveMagnitude(keras.callbacks.Callback):
         magnitude = round(float(as_array(self.augment.magnitude)), 4)
         if (epoch + 1) % self.frequency == 0:
             signal = self._read(epoch, logs)
-            moved = magnitude + self.step * ((signal > self.target) - (signal < self.target))
+            moved = magnitude + self.speed * ((signal > self.target) - (signal < self.target))
             # rounded: tenths that add up to just below 0 would be off
-            self.augment.magnitude.assign(min(max(round(moved, 4), -self.step), 30.0))
+            self.augment.magnitude.assign(min(max(round(moved, 4), -self.speed), 30.0))
         logs["magnitude"] = magnitude
 
     def _read(self, epoch, logs) -> float:

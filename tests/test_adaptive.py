@@ -50,7 +50,7 @@ def magnitude(augment):
 @pytest.mark.quick
 def test_a_step_up_above_the_set_point_down_below_it_and_none_on_it():
     augment = live(4)
-    adaptive = kc.AdaptiveMagnitude(augment, scripted(0.7, 0.5, 0.61, 0.6, 0.2), 0.6, step=1.5)
+    adaptive = kc.AdaptiveMagnitude(augment, scripted(0.7, 0.5, 0.61, 0.6, 0.2), 0.6, speed=1.5)
     history = fit(trainer(augment), [adaptive], 5)
     assert history["magnitude"] == [4, 5.5, 4, 5.5, 5.5]  # with which each epoch was trained
     assert magnitude(augment) == 4
@@ -59,11 +59,11 @@ def test_a_step_up_above_the_set_point_down_below_it_and_none_on_it():
 @pytest.mark.once("jax")
 def test_the_upper_limit_is_30_and_the_lower_one_is_one_step_below_0():
     augment = live(29)
-    adaptive = kc.AdaptiveMagnitude(augment, scripted(1, 1, 0), 0.5, step=0.75)
+    adaptive = kc.AdaptiveMagnitude(augment, scripted(1, 1, 0), 0.5, speed=0.75)
     assert fit(trainer(None), [adaptive], 3)["magnitude"] == [29, 29.75, 30]
     assert magnitude(augment) == 29.25
     augment.magnitude.assign(0.3)
-    adaptive = kc.AdaptiveMagnitude(augment, scripted(0, 0, 0, 0, 0, 1), 0.5, step=0.1)
+    adaptive = kc.AdaptiveMagnitude(augment, scripted(0, 0, 0, 0, 0, 1), 0.5, speed=0.1)
     assert fit(trainer(None), [adaptive], 6)["magnitude"] == [0.3, 0.2, 0.1, 0, -0.1, -0.1]  # 0, not just below: off
     assert magnitude(augment) == 0
 
@@ -292,7 +292,7 @@ def test_it_moves_an_augmentation_that_is_mapped_in_tf_data():
             shuffle=False,
             validation_data=held_out,
             verbose=0,
-            callbacks=[kc.AdaptiveMagnitude(augment, lambda logs: 1, 0.5, step=30)],
+            callbacks=[kc.AdaptiveMagnitude(augment, lambda logs: 1, 0.5, speed=30)],
         )
         seen.append(next(int(each.numpy().max()) for each, _ in mapped))
     assert seen == [246, 246]  # at M = 30 all is inverted
@@ -376,7 +376,7 @@ def test_a_saved_model_keeps_that_it_is_off(tmp_path):
         ({"signal": len}, ValueError, "only the gap has a default"),
         ({"target": 15}, ValueError, "in percent, divide it by 100"),
         ({"target": float("nan")}, ValueError, "must be a number"),
-        ({"step": 0}, ValueError, "Received: step=0"),
+        ({"speed": 0}, ValueError, "Received: speed=0"),
         ({"frequency": 0.5}, ValueError, "whole number of epochs"),
     ],
 )
