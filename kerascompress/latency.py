@@ -114,6 +114,8 @@ def find_cluster(model: keras.Model) -> Cluster:
     ends = graph.compute(model, [(OUTSIDE, 0)] * len(model.inputs), call)
     if not begun:
         cluster.obstacles.append("no 3x3 convolution of stride 2 and 3 channels follows a ZeroPadding2D(1)")
+    elif not cluster.layers and not cluster.obstacles:
+        cluster.obstacles.append("there is no 1x1 convolution behind its stem")
     if any(place == INSIDE for place, _ in ends):
         cluster.obstacles.append("it does not end in a mean over height and width")
     return cluster

@@ -48,6 +48,7 @@ def test_nested_and_pruned_networks_are_followed_too():
         (lambda: net(layers.LayerNormalization()), "is a LayerNormalization"),
         (lambda: net(layers.Conv2D(2, 1), end=layers.Flatten), "is a Flatten"),
         (lambda: net(padding="same"), "follows a ZeroPadding2D"),
+        (lambda: net(layers.ReLU()), "there is no 1x1 convolution behind its stem"),
     ],
 )
 def test_networks_that_xnnpack_does_not_run_sparsely_are_told_why(build, reason):
