@@ -144,7 +144,8 @@ def curves(axes, arms):
         if None in mean and len(mean) > 1:
             found = kc.search_magnitude(mean.get, [m for m in mean if m is not None], verbose=0)
             best = found.optimal if mean[found.optimal] > mean[None] else None  # of equals the weakest, as in `claims`
-            print(f"p = {p:g}: optimal magnitude {best}, maximal {found.maximal}")
+            shown = ["none" if magnitude is None else f"{magnitude:g}" for magnitude in (best, found.maximal)]
+            print(f"p = {p:g}: optimal magnitude {shown[0]}, maximal {shown[1]}")
             for magnitude, marker, face in ((best, "*", None), (found.maximal or best, "o", "none")):
                 x, colour = -2 if magnitude is None else magnitude, axes.lines[-1].get_color()
                 axes.plot(x, mean[magnitude], marker, markersize=16, markerfacecolor=face or colour, color=colour)
