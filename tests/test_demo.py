@@ -12,7 +12,8 @@ def test_the_magnitude_follows_the_sparsity_and_the_sentence_says_what_strength_
     tmp_path, smoke_run, capsys, monkeypatch
 ):
     scheduler, followed = kc.MagnitudeScheduler, []
-    monkeypatch.setattr(kc, "MagnitudeScheduler", lambda augment, m: followed.append(m) or scheduler(augment, m))
+    followed_by = lambda augment, schedule: followed.append(schedule) or scheduler(augment, schedule)  # noqa: E731
+    monkeypatch.setattr(kc, "MagnitudeScheduler", followed_by)
     monkeypatch.setattr(training, "build_model", one_layer)
     rows = smoke_run(demo, tmp_path)
     assert {(row["arm"], row["sparsity"]): row["magnitude"] for row in rows} == {
