@@ -50,7 +50,7 @@ def distilled(run, net, stage):
 
 
 def adapts(augment):
-    return kc.AdaptiveMagnitude(augment, "accuracy", 0.01, step=2)  # which any accuracy is above
+    return kc.AdaptiveMagnitude(augment, "accuracy", 0.01, speed=2)  # which any accuracy is above
 
 
 CASES = {  # what is trained, on one device and on so many
