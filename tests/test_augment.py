@@ -565,3 +565,8 @@ def test_the_scheduler_refuses_what_is_not_a_schedule_or_has_no_magnitude():
         MagnitudeScheduler(RandAugment(), 4)
     with pytest.raises(TypeError, match="must have a variable `magnitude`"):
         MagnitudeScheduler(keras.layers.Dense(2), lambda step: 4)
+
+
+def test_a_dictionary_of_images_is_an_error_that_says_what_is_wanted():
+    with pytest.raises(ValueError, match=r"needs images of shape.*as a dict, not one tensor"):
+        RandAugment()({"images": np.zeros((2, 4, 4, 3), "uint8")}, training=True)

@@ -578,3 +578,11 @@ def test_images_of_ones_own(tmp_path):
     export_saved_model(model, tmp_path / "net", images=np.array([[0, 1, 2, 0]]))
     x = np.array([[2, 2, 1, 0], [0, 0, 0, 1]], "int32")
     np.testing.assert_array_equal(serve(tmp_path / "net", x), outputs(model, x))
+
+
+@pytest.mark.tensorflow_only
+def test_a_loop_over_a_batch_of_any_size_is_told_how_litert_takes_it(tmp_path):
+    model = keras.Sequential([keras.Input((7, 5)), keras.layers.LSTM(4), keras.layers.Dense(3)])
+    with pytest.raises(RuntimeError, match="unroll=True"):
+        export_litert(model, tmp_path / "net.tflite", images=np.zeros((4, 7, 5), "float32"))
+    assert not (tmp_path / "net.tflite").exists()
