@@ -212,8 +212,8 @@ class RandAugment(_Augmentation):
     def __init__(
         self,
         magnitude: float | tuple[float, float] = 9,
-        num_ops: int = 2,
         *,
+        num_ops: int = 2,
         ops: Sequence[str | Op] | None = None,
         value_range: tuple[float, float] = (0, 255),
         fill_value: float = 0,

@@ -118,8 +118,10 @@ class UpdatePruningStep(StepCallback):
 
     def on_train_begin(self, logs=None):
         self._wrappers = list(wrappers_in(self.model))
+        # also where an interrupted training has no end: one that is compiled anew has another optimizer
+        optimizer = getattr(self.model, "optimizer", None)
         for wrapper in self._wrappers:
-            wrapper._is_driven = True
+            wrapper._is_driven = lambda: getattr(self._model, "optimizer", None) is optimizer
         if not self._wrappers:
             warnings.warn(f"`UpdatePruningStep`: model {self.model.name!r} has no pruned layer to drive.", stacklevel=2)
         self._execution = getattr(self.model, "steps_per_execution", 1)
@@ -160,7 +162,7 @@ class UpdatePruningStep(StepCallback):
     def on_train_end(self, logs=None):
         self.on_epoch_end()
         for wrapper in self._wrappers:
-            wrapper._is_driven = False
+            wrapper._is_driven = bool
         for wrappers in self._groups.values():
             warn_if_not_begun(wrappers[0].pruning_schedule, wrappers[0].step)
 

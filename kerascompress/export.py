@@ -274,8 +274,8 @@ def _batch_size(model) -> int | None:
 
 
 def _parts(model, batches: list) -> list:
-    """The batches as the model takes them, in parts of its size if that is fixed."""
-    return list(litert.batches(_structured(model, batches), _batch_size(model) or len(batches[0])))
+    """The batches as the model takes them, in parts: of its size, if that is fixed."""
+    return list(litert.batches(_structured(model, batches), _batch_size(model)))
 
 
 def _input_names(model) -> list[str]:
@@ -455,7 +455,7 @@ def _run_saved_model(folder, images):
 
     loaded = tf.saved_model.load(str(folder))  # must outlive the call: its functions do not keep its variables
     specs = loaded.signatures["serving_default"].structured_input_signature[1].values()
-    size = next((spec.shape[0] for spec in specs if spec.shape[0]), len(keras.tree.flatten(images)[0]))
+    size = next((spec.shape[0] for spec in specs if spec.shape[0]), None)
     return litert.joined([_named(loaded.serve(part)) for part in litert.batches(images, size)])
 
 

@@ -5,11 +5,14 @@ Keras has no copy that works for every model: `clone_model` goes layer by layer 
 """
 
 import contextlib
+import dataclasses
+import enum
 import functools
 import inspect
 import types
 import warnings
 from collections.abc import Callable, Iterator
+from copy import copy as copy_object
 from typing import Any
 
 import keras
@@ -23,6 +26,33 @@ from keras.src.saving.serialization_lib import SafeModeScope
 ACTIVATIONS = {id(each) for each in vars(keras.activations).values()}  # which Keras knows by their names
 CONVNEXT_LAYERS = (LayerScale, StochasticDepth)  # in no public module
 
+# What Keras sets on a model when it is built, compiled, trained and evaluated, and not when it is made.
+TRAINING_ATTRIBUTES = frozenset(
+    [
+        "_build_shapes_dict",
+        "_compile_config",
+        "_compiled_trainable_state",
+        "_eval_epoch_iterator",
+        "_jax_state",
+        "_saved_model_arg_spec",
+        "_saved_model_inputs_spec",
+        "_self_name_based_restores",
+        "_self_saveable_object_factories",
+        "_self_setattr_tracking",
+        "_self_unconditional_checkpoint_dependencies",
+        "_self_unconditional_deferred_dependencies",
+        "_self_unconditional_dependency_names",
+        "_self_update_uid",
+        "_torch_params",
+        "_tracked",
+        "history",
+        "optimizer",
+        "stop_evaluating",
+        "stop_predicting",
+        "stop_training",
+    ]
+)
+
 # Values of attributes that hold no layers and may be shared.
 PLAIN = (
     str,
@@ -34,6 +64,7 @@ PLAIN = (
     type,
     np.ndarray,
     np.generic,
+    enum.Enum,
     keras.DTypePolicy,
     keras.Initializer,
 )
@@ -360,6 +391,11 @@ def _with_parts_copied(model: keras.Model, copy_part: Callable[[Any], Any]) -> A
             return {key: part(name, each) for key, each in value.items()}
         if isinstance(value, list | tuple):
             return (tuple if isinstance(value, tuple) else list)(part(name, each) for each in value)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            new_value = copy_object(value)
+            for field in dataclasses.fields(value):
+                object.__setattr__(new_value, field.name, part(name, getattr(value, field.name)))
+            return new_value
         if isinstance(value, keras.random.SeedGenerator):
             return type(value).from_config(value.get_config())
         if isinstance(value, keras.Variable):
@@ -374,7 +410,6 @@ def _with_parts_copied(model: keras.Model, copy_part: Callable[[Any], Any]) -> A
             f"{name!r} is a {type(value).__name__}, which may hold its layers. Give the class a `get_config`."
         )
 
-    compiled = _keras_attributes()
     turn = {id(layer): i for i, layer in enumerate(children(model))}
 
     def by_turn(value):  # the order of weights is that of attributes, and Torch keeps those that are layers apart
@@ -383,7 +418,7 @@ def _with_parts_copied(model: keras.Model, copy_part: Callable[[Any], Any]) -> A
         return turn.get(id(value), -1)
 
     attributes = _attributes(model)
-    own = [name for name in attributes if name not in _attributes(new) and name not in compiled]
+    own = [name for name in attributes if name not in _attributes(new) and name not in TRAINING_ATTRIBUTES]
     for name in sorted(own, key=lambda name: by_turn(attributes[name])):
         setattr(new, name, part(name, attributes[name]))
     new.built = model.built
@@ -395,15 +430,6 @@ def _with_parts_copied(model: keras.Model, copy_part: Callable[[Any], Any]) -> A
             "where its attributes do not tell. Give the class a `get_config`."
         ) from error
     return new
-
-
-@functools.cache
-def _keras_attributes() -> set[str]:
-    """What Keras sets on a model itself when it is built, compiled and trained."""
-    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
-    model.compile("sgd", "mse", metrics=["mae"], run_eagerly=True)
-    model.fit(np.zeros((1, 1)), np.zeros((1, 1)), verbose=0)
-    return {*_attributes(model), "_build_shapes_dict"} - {"_functional"}
 
 
 def _attributes(model: keras.Model) -> dict[str, Any]:

@@ -115,8 +115,9 @@ def brightness(images, percent):
 def contrast(images, percent):
     """The table that blends with the rounded mean grey of the image: by `100 + percent` per cent of the image."""
     pixels = ops.shape(images)[1] * ops.shape(images)[2]
-    total = ops.sum(ops.cast(grey(images), "int32"), axis=(1, 2, 3))
-    mean, rest = ops.floor_divide(total, pixels), ops.mod(total, pixels)  # twice the total may be too large
+    # from the middle grey on: int32 holds the total of 2 ** 24 pixels, and without it of half as many
+    total = ops.sum(ops.cast(grey(images), "int32") - 128, axis=(1, 2, 3))
+    mean, rest = 128 + ops.floor_divide(total, pixels), ops.mod(total, pixels)  # twice the total may be too large
     mean += ops.cast(2 * rest >= pixels, "int32")
     return blend(ops.cast(mean, "float32")[:, None, None], _ramp(), _factor(percent)[:, None, None])
 

@@ -14,6 +14,7 @@ import numpy as np
 
 QUANTIZATIONS = (None, "float16", "dynamic", "int8")
 LEAST_RUNS = 50
+AT_ONCE = 16  # so many images of a network of any batch: with all of a calibration, memory would run out
 
 
 def check(quantize: Any, images: Any, latency_runs: int) -> None:
@@ -73,11 +74,10 @@ def convert(saved_model: Path, quantize: str | None, samples: Callable[[], Any],
 
 
 def run(file: Path, named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The outputs by name, for inputs by name: in one batch, or in those that the file takes."""
+    """The outputs by name, for inputs by name, in batches that the file takes."""
     runner = interpreter(file).get_signature_runner("serving_default")
     size = max(each["shape_signature"][0] for each in runner.get_input_details().values())  # -1 if it is free
-    count = len(next(iter(named.values())))
-    return joined([runner(**part) for part in batches(named, size if size > 0 else count)])
+    return joined([runner(**part) for part in batches(named, size if size > 0 else None)])
 
 
 def latency(files: dict[str, Path], named: dict[str, np.ndarray], runs: int) -> dict[str, dict[str, float]]:
@@ -118,8 +118,9 @@ def _has_litert() -> bool:
     return importlib.util.find_spec("ai_edge_litert") is not None
 
 
-def batches(images: Any, size: int) -> Iterator[Any]:
-    """Arrays, in any structure, in batches of the size that the network takes."""
+def batches(images: Any, size: int | None) -> Iterator[Any]:
+    """Arrays, in any structure, in batches of the size that the network takes, or if that is free, of `AT_ONCE`."""
     count = len(keras.tree.flatten(images)[0])
-    for start in range(0, count - size + 1, size):
+    end, size = (count - size + 1, size) if size else (count, AT_ONCE)
+    for start in range(0, end, size):
         yield keras.tree.map_structure(operator.itemgetter(slice(start, start + size)), images)

@@ -145,7 +145,8 @@ class PruningOptimizer(keras.optimizers.Optimizer):
             for kernel, mask, threshold in zip(kernels, masks, thresholds, strict=True):
                 # without a slash, by which saving would take it for a path
                 name = kernel.path.replace("/", "_")
-                self._masks.append(self._add(f"{name}_mask", mask, "bool"))
+                layout = getattr(kernel, "_layout", None)  # over devices, a mask is where its kernel is
+                self._masks.append(self._add(f"{name}_mask", mask, "bool", layout))
                 self._thresholds.append(self._add(f"{name}_threshold", threshold, "float32"))
             if not self._is_late:
                 self._project(with_averages=False)  # they begin with the first update
@@ -162,13 +163,14 @@ class PruningOptimizer(keras.optimizers.Optimizer):
                 "`type(inner_optimizer).from_config(inner_optimizer.get_config())`."
             )
 
-    def _add(self, name, value, dtype):
+    def _add(self, name, value, dtype, layout=None):
         value = np.asarray(value)
         return self.add_variable(
             shape=value.shape,
             initializer=lambda shape, dtype: ops.convert_to_tensor(value, dtype),
             dtype=dtype,
             aggregation="only_first_replica",
+            layout=layout,
             name=name,
         )
 
@@ -189,11 +191,20 @@ class PruningOptimizer(keras.optimizers.Optimizer):
         if paths and self.pruning_schedule is not None:
             warn_of_collapse(evaluate(self.pruning_schedule, int(as_array(self.iterations)))[1], paths)
 
+    def save_own_variables(self, store):
+        for i, variable in enumerate(self._variables):  # the inner optimizer saves its own
+            store[str(i)] = as_array(variable)
+
     def load_own_variables(self, store):
+        count = len(store.keys())
         # A model that was saved before it was trained has no masks to load, and Keras builds them from the weights with
         # which it makes the model, before it loads those.
-        self._is_late |= len(store.keys()) != len(self.variables)
-        super().load_own_variables(store)
+        self._is_late |= count not in (len(self._variables), len(self.variables))
+        if count != len(self._variables):
+            super().load_own_variables(store)  # a file that has the inner optimizer's twice, or one without masks
+            return
+        for i, variable in enumerate(self._variables):
+            variable.assign(store[str(i)])
 
     @property
     def pruning_vars(self) -> list[tuple[keras.Variable, keras.Variable, keras.Variable]]:

@@ -46,7 +46,7 @@ def apply(rows, images, op, argument, *, good=True, value_range=(0, 255), fill_v
         keras.backend.backend(),
         _on_cpu(),
         tuple(rows),
-        tuple(images.shape),
+        (images.shape[0] if keras.backend.backend() == "jax" or images.shape[0] == 1 else None, *images.shape[1:]),
         dtype,
         op.shape[0],
         tuple(value_range),

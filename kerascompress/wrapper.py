@@ -131,7 +131,7 @@ class PruneLowMagnitude(layers.Wrapper):
         self._thresholds: list[keras.Variable] = []
         self.step = -1  # `pruning_step` on the host while training; `settle` writes it to the variable
         self._stored_step = -1  # what this layer last wrote there
-        self._is_driven = False  # whether an UpdatePruningStep drives this layer
+        self._is_driven: Callable[[], bool] = bool  # whether an UpdatePruningStep drives this layer: not yet
 
     def __call__(self, *args, **kwargs):
         # Keras takes the shape and the mask of what comes first, and refuses tensors beside other keywords.
@@ -175,7 +175,7 @@ class PruneLowMagnitude(layers.Wrapper):
         )
 
     def call(self, inputs, *args, training=None, **kwargs):
-        if training and not self._is_driven:
+        if training and not self._is_driven():
             raise RuntimeError(
                 "A model with pruned layers needs the `UpdatePruningStep` callback, which tells them the step. "
                 "Make and compile the model again, and add it: "

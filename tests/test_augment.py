@@ -307,7 +307,7 @@ def test_a_saved_model_keeps_the_live_magnitude_and_rows_of_ones_own(tmp_path):
 
 def test_a_saved_model_goes_on_with_the_draws_where_it_was(tmp_path):
     model = keras.Sequential(
-        [keras.Input((32, 32, 3)), RandomCrop(4, seed=1), RandAugment(14, 1, ops=["Solarize"], seed=2)]
+        [keras.Input((32, 32, 3)), RandomCrop(4, seed=1), RandAugment(14, num_ops=1, ops=["Solarize"], seed=2)]
     )
     images = batch_of(12).astype("float32")
     augmented(model, images)
@@ -365,7 +365,7 @@ def test_keras_random_flip_flips_per_image_and_keeps_the_values():
 # --- images on another scale ---
 
 LAYERS = {
-    "RandAugment": lambda value_range=(0, 255): RandAugment(9, 1, ops=["Solarize"], value_range=value_range),
+    "RandAugment": lambda value_range=(0, 255): RandAugment(9, num_ops=1, ops=["Solarize"], value_range=value_range),
     "RandomCrop": lambda value_range=(0, 255): RandomCrop(1, value_range=value_range),
 }
 OTHER_SCALES = {

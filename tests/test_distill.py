@@ -32,7 +32,7 @@ def data(count=BATCH, seed=0):
 
 def light(magnitude=(0, 30), seed=0, **kwargs):
     """RandAugment with few operations, as compiling all of them takes long."""
-    return RandAugment(magnitude, 1, ops=["Solarize", "TranslateX", "Brightness"], seed=seed, **kwargs)
+    return RandAugment(magnitude, num_ops=1, ops=["Solarize", "TranslateX", "Brightness"], seed=seed, **kwargs)
 
 
 def distiller(compiled=True, student=None, teacher=None, augment=None, optimizer=None, metrics=("accuracy",), loss=None,
@@ -423,7 +423,9 @@ def test_weights_bring_back_the_random_state_of_augmentation_and_student(tmp_pat
         student = keras.Sequential([keras.Input((SIZE, SIZE, 3)), keras.layers.Flatten()])
         student.add(keras.layers.Dropout(0.5, seed=2))  # Keras saves neither its random state nor a flip's
         student.add(keras.layers.Dense(CLASSES, kernel_initializer="ones"))
-        chain = keras.Sequential([keras.layers.RandomFlip(seed=5), RandAugment((0, 30), 1, ops=["Solarize"], seed=6)])
+        chain = keras.Sequential(
+            [keras.layers.RandomFlip(seed=5), RandAugment((0, 30), num_ops=1, ops=["Solarize"], seed=6)]
+        )
         return distiller(student=student, augment=chain, num_candidates=1, compiled=False)
 
     def draw(model):

@@ -1,5 +1,9 @@
 """Copies of Keras models of every kind, and what pruning does with models that it has to copy."""
 
+import dataclasses
+import enum
+from typing import Any
+
 import keras
 import numpy as np
 import pytest
@@ -257,6 +261,50 @@ def test_a_wrapped_layer_computes_each_part_in_its_own_precision():
 
     dense = keras.Sequential([keras.Input((6, 6, 2)), Mixed()])
     np.testing.assert_array_equal(outputs(kc.prune_low_magnitude(dense)), outputs(dense))
+
+
+class Depth(enum.Enum):
+    ONE = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    depth: Depth
+    sizes: tuple[int, ...]
+    head: Any = None
+
+
+class WithSettings(keras.Model):
+    """A subclassed model without a config, that keeps its settings as an object."""
+
+    def __init__(self, settings, body):
+        super().__init__()
+        self.settings = settings
+        self.body = body
+
+    def call(self, inputs):
+        return self.settings.head(self.body(inputs))
+
+
+def test_a_subclassed_model_that_keeps_its_settings_as_an_object_is_copied():
+    model = WithSettings(Settings(Depth.ONE, (3,), layers.Dense(2)), layers.Dense(3))
+    model.tail = model.settings.head  # tracked, which in the settings it is not
+    model(data())
+    small = kc.prune_now(model, 0.5)
+    assert (small.settings.depth, small.settings.sizes) == (Depth.ONE, (3,))
+    assert small.settings.head is small.tail is not model.tail
+    assert (kc.sparsity(small), kc.sparsity(model)) == (pytest.approx(0.5, abs=0.05), 0)
+    assert outputs(small).shape == outputs(model).shape
+
+
+def test_what_keras_sets_on_a_model_that_trains_is_known():
+    model = WithSettings(Settings(Depth.ONE, (), layers.Dense(2)), layers.Dense(3))
+    made = {*vars(model), *vars(model).get("_modules", {})}
+    model.compile("sgd", "mse", metrics=["mae"])
+    model.fit(data(), np.ones((len(data()), 6, 6, 2)), validation_split=0.5, verbose=0)
+    model.evaluate(data(), np.ones((len(data()), 6, 6, 2)), verbose=0)
+    model.predict(data(), verbose=0)
+    assert {*vars(model), *vars(model).get("_modules", {})} - made <= graph.TRAINING_ATTRIBUTES
 
 
 def test_what_cannot_be_copied_is_named():

@@ -226,6 +226,16 @@ def test_a_training_that_is_saved_and_loaded_goes_on_bit_for_bit(tmp_path, how):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.once
+def test_a_file_has_masks_and_moments_once(tmp_path):
+    model = keras.Sequential([keras.Input((400,)), layers.Dense(500)])
+    model.compile(kc.PruningOptimizer("adam", kc.ConstantSparsity(0.5, 0)), "mse")
+    model.fit(np.ones((1, 400)), np.ones((1, 500)), verbose=0)
+    model.save(tmp_path / "model.keras")
+    weights = 400 * 500
+    assert 13 * weights < (tmp_path / "model.keras").stat().st_size < 14 * weights  # two moments, and a byte of a mask
+
+
 def test_a_backup_of_a_training_killed_within_an_epoch_is_sparse_and_goes_on_bit_for_bit(tmp_path):
     class Killed(Exception):  # noqa: N818
         pass
