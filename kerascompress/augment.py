@@ -308,9 +308,10 @@ class RandAugment(_Augmentation):
 
 @keras.saving.register_keras_serializable("kerascompress")
 class RandomCrop(_Augmentation):
-    """Pads every image and crops it back to its size, at an offset of its own, as torchvision's RandomCrop.
+    """Pads every image and crops it back to its size, at an offset of its own; the padding is mid-grey by default.
 
-    Active when `RandAugment` is. For the horizontal flip beside it, use `keras.layers.RandomFlip("horizontal")`.
+    As torchvision's RandomCrop with `padding` does, whose padding is black. Active when `RandAugment` is. For the
+    horizontal flip beside it, use `keras.layers.RandomFlip("horizontal")`.
 
     Args:
         padding: Pixels on each side.

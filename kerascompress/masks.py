@@ -41,6 +41,11 @@ def is_kernel(variable: keras.Variable) -> bool:
     return variable.name in KERNEL_NAMES and len(variable.shape) >= 2
 
 
+def check_allow(allow: Any) -> None:
+    if allow is not None and not callable(allow):
+        raise TypeError(f"`allow` must be a function of a variable that returns a bool. Received: allow={allow!r}.")
+
+
 def as_array(variable: Any) -> np.ndarray:
     """A variable as an array."""
     # as a tensor first: in the scope of a strategy, NumPy makes no array of a variable without axes

@@ -14,7 +14,7 @@ from keras import ops
 from keras.src.utils.tracking import no_automatic_dependency_tracking  # as Keras' own LossScaleOptimizer needs it
 
 from kerascompress import schedules
-from kerascompress.masks import KERNEL_NAMES, Rule, as_array, finite_weights, is_kernel, warn_of_collapse
+from kerascompress.masks import KERNEL_NAMES, Rule, as_array, check_allow, finite_weights, is_kernel, warn_of_collapse
 from kerascompress.schedules import Schedule, check_schedule, evaluate
 
 
@@ -37,7 +37,8 @@ class PruningOptimizer(keras.optimizers.Optimizer):
     gradient of that batch: call it once before.
 
     Whoever writes other weights into the model writes over the zeros until the next update: so
-    `EarlyStopping(restore_best_weights=True)` may give back an epoch from before the pruning.
+    `EarlyStopping(restore_best_weights=True)` may give back an epoch from before the pruning: let it
+    `start_from_epoch` after `end_step`.
 
     Args:
         inner_optimizer: A new `keras.optimizers.Optimizer`, or its name. Weight decay, clipping, moving averages,
@@ -94,8 +95,7 @@ class PruningOptimizer(keras.optimizers.Optimizer):
             )
         if pruning_schedule is not None:
             check_schedule(pruning_schedule, "pruning_schedule")
-        if allow is not None and not callable(allow):
-            raise TypeError(f"`allow` must be a function of a variable that returns a bool. Received: allow={allow!r}.")
+        check_allow(allow)
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = inner_optimizer
         self.pruning_schedule = pruning_schedule

@@ -6,7 +6,7 @@ carrier of masks, for models whose layers cannot be wrapped.
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -14,7 +14,15 @@ import numpy as np
 from keras import ops
 
 from kerascompress import graph
-from kerascompress.masks import PRUNABLE_KERNELS, Rule, as_array, finite_weights, is_kernel, warn_of_collapse
+from kerascompress.masks import (
+    PRUNABLE_KERNELS,
+    Rule,
+    as_array,
+    check_allow,
+    finite_weights,
+    is_kernel,
+    warn_of_collapse,
+)
 from kerascompress.schedules import Schedule
 from kerascompress.wrapper import (
     PruneLowMagnitude,
@@ -101,7 +109,15 @@ def prune_low_magnitude(
         return graph.rebuild(to_prune, prune)
 
 
-def prune_now(model: keras.Model, sparsity: float, *, scope: str = "layer") -> keras.Model:
+def prune_now(
+    model: keras.Model,
+    sparsity: float,
+    *,
+    scope: str = "layer",
+    block_size: tuple[int, int] = (1, 1),
+    block_pooling_type: str = "AVG",
+    allow: Callable[[keras.Variable], bool] | None = None,
+) -> keras.Model:
     """One-shot magnitude pruning without training: a copy of a model whose smallest weights are zero.
 
     The copy is plain, and nothing in it keeps the zeros: train on with `PruningOptimizer(optimizer)`, without a
@@ -111,6 +127,9 @@ def prune_now(model: keras.Model, sparsity: float, *, scope: str = "layer") -> k
         model: Any built Keras 3 model, subclassed ones included. It is left as it is.
         sparsity: Fraction of zeros over the prunable kernels, in [0, 1).
         scope: `"layer"` gives every kernel this sparsity; `"global"` compares the magnitudes of all kernels.
+        block_size, block_pooling_type: See `PruneLowMagnitude`.
+        allow: `variable -> bool` says which variables are pruned, as for `PruningOptimizer`: all but the classifier,
+            `lambda variable: variable.name == "kernel" and "head" not in variable.path`. By default all kernels.
 
     Returns:
         A new, uncompiled model of the same class.
@@ -118,6 +137,7 @@ def prune_now(model: keras.Model, sparsity: float, *, scope: str = "layer") -> k
     Raises:
         ValueError: If an argument is out of range, there is no prunable kernel, the model is pruned by wrappers,
             quantized or has LoRA, or a kernel holds NaN or infinite weights.
+        TypeError: If `allow` is not callable.
 
     Example:
         >>> import keras, kerascompress as kc
@@ -137,7 +157,8 @@ def prune_now(model: keras.Model, sparsity: float, *, scope: str = "layer") -> k
             "`sparsity` must be in [0, 1), a fraction of zeros. "
             f"Received: sparsity={sparsity}. If yours is percent, divide it by 100."
         )
-    rule = Rule(scope)
+    check_allow(allow)
+    rule = Rule(scope, block_size, block_pooling_type)
     if any(wrappers_in(model)):
         raise ValueError(
             f"Model {model.name!r} is pruned by wrappers, which have masks of their own. Use `strip_pruning` first."
@@ -145,14 +166,16 @@ def prune_now(model: keras.Model, sparsity: float, *, scope: str = "layer") -> k
     for layer in graph.walk(model):
         check_plain(layer)
     small = graph.copy(model)
-    kernels = kernels_of(small)
+    kernels = [each for each in small.variables if allow(each)] if allow else kernels_of(small)
     if not kernels:
-        raise _no_kernels(model)
+        raise ValueError(f"No variable of {model.name!r} passes `allow`.") if allow else _no_kernels(model)
+    for kernel in kernels:
+        rule.check(kernel, "Leave it out: `allow=lambda variable: ...`.")
     masks, _ = rule([finite_weights(kernel) for kernel in kernels], sparsity)
     for kernel, mask in zip(kernels, masks, strict=True):
         kernel.assign(kernel.value * ops.cast(mask, kernel.dtype))
     warn_of_collapse(sparsity, [each.path for each, mask in zip(kernels, masks, strict=True) if not mask.any()])
-    unnamed = [kernel.path for kernel in kernels if not is_kernel(kernel)]
+    unnamed = [kernel.path for kernel in kernels if not is_kernel(kernel) and not allow]
     if unnamed:
         warnings.warn(
             f"{unnamed} are pruned because a layer's `get_prunable_weights()` says so, which no optimizer sees: to "

@@ -853,6 +853,9 @@ def with_nan():
         (lambda: kc.prune_now(kc.prune_low_magnitude(small_net()), 0.5), ValueError, "Use `strip_pruning` first"),
         (lambda: kc.prune_now(keras.Sequential([keras.Input((2,))]), 0.5), ValueError, "no prunable kernel"),
         (lambda: kc.prune_now(with_nan(), 0.5), ValueError, "kernel' holds NaN or infinite weights"),
+        (lambda: kc.prune_now(small_net(), 0.5, block_size=(2, 2)), ValueError, "Leave it out: `allow="),
+        (lambda: kc.prune_now(small_net(), 0.5, allow=["head"]), TypeError, "`allow` must be a function"),
+        (lambda: kc.prune_now(small_net(), 0.5, allow=lambda v: v.name == "no"), ValueError, "passes `allow`"),
         (lambda: kc.sparsity(layers.ReLU()), ValueError, "no prunable kernel"),
         (lambda: kc.PruningSummaries(""), ValueError, "non-empty"),
         (lambda: kc.prune_low_magnitude(small_net(), schedule=None), TypeError, "schedule"),
@@ -883,6 +886,15 @@ def test_a_schedule_that_returns_percent_is_refused_when_it_is_due():
     pruned = compile_(kc.prune_low_magnitude(small_net(), lambda step: (True, 60)))
     with pytest.raises(ValueError, match="divide them by 100"):
         fit(pruned)
+
+
+def test_pruning_at_once_takes_what_is_allowed_in_blocks():
+    small = kc.prune_now(small_net(), 0.5, block_size=(2, 1), allow=lambda variable: variable.path == "head/kernel")
+    zero = {
+        layer.name: keras.ops.convert_to_numpy(layer.kernel) == 0 for layer in small.layers if hasattr(layer, "kernel")
+    }
+    assert {name: each.mean() for name, each in zero.items()} == {"conv": 0, "depthwise": 0, "head": 0.5}
+    np.testing.assert_array_equal(zero["head"][::2], zero["head"][1::2])
 
 
 @pytest.mark.parametrize("make", [kc.prune_low_magnitude, lambda model: kc.prune_now(model, 0.5), kc.strip_pruning])
