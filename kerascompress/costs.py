@@ -24,8 +24,9 @@ class Summary:
         kernels: For each prunable kernel its `name`, `shape`, `weights`, `nonzeros`, `sparsity` and `macs`.
         parameters: Numbers that the network holds: weights and the moving statistics of BatchNorm.
         nonzeros: How many of them are not zero.
-        macs: Multiplications of one image with weights, zeros included, of convolutions and dense layers; None if the
-            network is subclassed, the size of its input is free, or a layer with a kernel cannot be counted.
+        macs: Multiplications of one image with weights, zeros included, of convolutions and dense layers, those in
+            attention and other layers made of layers among them; None if the network is subclassed, the size of its
+            input is free, or a layer with a kernel cannot be counted.
     """
 
     model: str
@@ -123,15 +124,43 @@ def _macs(model: keras.Model) -> dict[int, int | None]:
             return graph.compute(operation, graph.entering(operation, tensors, node), call)
         outputs = _outputs(operation, tensors, node)
         layer = operation.layer if isinstance(operation, PruneLowMagnitude) else operation
+        if not isinstance(layer, keras.Layer):
+            return outputs
         positions = _positions(layer, tensors[0].shape[1:], outputs[0].shape[1:])
-        for kernel in kernels_of(layer) if isinstance(layer, keras.Layer) else ():
-            before = found.get(id(kernel), 0)
-            known = positions is not None and before is not None
-            found[id(kernel)] = before + positions * math.prod(kernel.shape) if known else None
+        parts = {} if positions is not None else _positions_inside(layer, node, tensors)
+        for kernel in kernels_of(layer):
+            now, before = parts.get(id(kernel), positions), found.get(id(kernel), 0)
+            known = now is not None and before is not None
+            found[id(kernel)] = before + now * math.prod(kernel.shape) if known else None
         return outputs
 
     if graph.has_calls(model):
         graph.compute(model, model.inputs, call)
+    return found
+
+
+def _positions_inside(layer, node, tensors) -> dict[int, int | None]:
+    """What `_positions` says of the layers that a layer calls, attention for example, by the ids of their kernels."""
+    if not graph.children(layer) or any(isinstance(each, LOOPS) for each in graph.walk(layer)):
+        return {}
+    found: dict[int, int | None] = {}
+
+    def watch(part, inputs, outputs):
+        inputs, outputs = keras.tree.flatten(inputs), keras.tree.flatten(outputs)
+        if part is layer or not inputs or graph.children(part):
+            return
+        now = _positions(part, inputs[0].shape[1:], outputs[0].shape[1:])
+        for kernel in kernels_of(part):
+            before = found.get(id(kernel), 0)
+            found[id(kernel)] = None if now is None or before is None else before + now
+
+    one_image = [keras.KerasTensor((1, *each.shape[1:]), each.dtype) for each in tensors]
+    args, kwargs = graph.arguments(node, one_image)
+    try:
+        with graph.watched_calls(watch):
+            keras.Operation.compute_output_spec(layer, *args, **kwargs)
+    except Exception:  # whatever a layer may raise
+        return {}
     return found
 
 
@@ -168,6 +197,7 @@ def _positions(layer, taken, made) -> int | None:
     return None if None in sizes else math.prod(sizes)
 
 
+LOOPS = (layers.RNN, layers.TimeDistributed)  # they call a layer once for many steps, or for each
 CONVOLUTIONS = (
     *(layers.Conv1D, layers.Conv2D, layers.Conv3D, layers.SeparableConv1D, layers.SeparableConv2D),
     *(layers.DepthwiseConv1D, layers.DepthwiseConv2D),

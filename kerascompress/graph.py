@@ -98,6 +98,24 @@ def without_autocast() -> Iterator[None]:
         global_state.set_global_attribute("autocast_scope", scope)
 
 
+@contextlib.contextmanager
+def watched_calls(watch: Callable[[keras.Layer, Any, Any], None]) -> Iterator[None]:
+    """Tells `watch(layer, args, outputs)` of every call of a layer."""
+    call = keras.Layer.__call__
+
+    @functools.wraps(call)
+    def watched(layer, *args, **kwargs):
+        outputs = call(layer, *args, **kwargs)
+        watch(layer, args, outputs)
+        return outputs
+
+    keras.Layer.__call__ = watched
+    try:
+        yield
+    finally:
+        keras.Layer.__call__ = call
+
+
 def forget_losses(layer: keras.Layer) -> None:
     """Takes back what a layer and those in it have added to the loss in their last call."""
     layer._clear_losses()

@@ -40,6 +40,35 @@ def test_resnet20_has_the_published_multiplications_also_inside_of_a_model_and_p
     assert "40,813,184" in str(summary)
 
 
+class Block(layers.Layer):
+    """A transformer's, on tokens of 8 numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.hidden, self.back = layers.MultiHeadAttention(2, 4), layers.Dense(16), layers.Dense(8)
+
+    def build(self, shape):
+        self.attention.build(shape, shape)
+        self.hidden.build(shape)
+        self.back.build((*shape[:-1], 16))
+
+    def call(self, tokens):
+        return self.back(self.hidden(self.attention(tokens, tokens)))
+
+
+def test_attention_and_other_layers_made_of_layers_are_counted_by_what_they_call():
+    query, value = keras.Input((5, 8)), keras.Input((7, 8))
+    attention = layers.MultiHeadAttention(2, 4)
+    macs = kc.summary(keras.Model([query, value], attention(query, value, use_causal_mask=False))).macs
+    assert macs == 5 * (64 + 64) + 7 * (64 + 64)  # of the queries and the output, of the keys and the values
+    block = Block()
+    model = keras.Model(query, block(block(query)))
+    assert kc.summary(model).macs == 2 * 5 * (4 * 64 + 2 * 8 * 16)
+    assert kc.summary(kc.prune_low_magnitude(model)).macs == kc.summary(model).macs
+    steps = keras.Model(query, layers.TimeDistributed(layers.Dense(3))(query))
+    assert kc.summary(steps).macs is None
+
+
 def test_a_shared_layer_multiplies_in_every_call_and_a_free_size_is_not_known():
     inputs, dense = keras.Input((4,)), layers.Dense(4)
     assert kc.summary(keras.Model(inputs, dense(dense(inputs)))).macs == 32
