@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from kerascompress import graph
@@ -103,7 +104,7 @@ class AdaptiveMagnitude(keras.callbacks.Callback):
             )
         if not 0.001 <= speed <= 30:
             raise ValueError(f"`speed` must be in [0.001, 30], on the scale of magnitudes. Received: speed={speed}.")
-        if not isinstance(frequency, int) or frequency < 1:
+        if not isinstance(frequency, int | np.integer) or frequency < 1:
             raise ValueError(f"`frequency` must be a whole number of epochs, at least 1. Received: {frequency}.")
         self.augment, self.signal, self.target = augment, signal, target
         self.speed, self.frequency = speed, frequency

@@ -230,13 +230,13 @@ class RandAugment(_Augmentation):
                 "`magnitude` must be a number in [0, 30], the paper's scale, or `(low, high)` within it. "
                 f"Received: magnitude={magnitude}. If yours is a fraction, multiply it by 30."
             )
-        if not isinstance(num_ops, int) or num_ops < 1:
+        if not isinstance(num_ops, int | np.integer) or num_ops < 1:
             raise ValueError(f"`num_ops` must be a whole number of at least 1. Received: num_ops={num_ops}.")
         if interpolation not in ("nearest", "bilinear"):
             raise ValueError(
                 f'`interpolation` must be "nearest" or "bilinear". Received: interpolation={interpolation!r}.'
             )
-        self.num_ops = num_ops
+        self.num_ops = int(num_ops)
         self.ops = _rows(OPS if ops is None else ops)
         self.interpolation = interpolation
         kinds = [row.kind for row in self.ops]
@@ -345,9 +345,9 @@ class RandomCrop(_Augmentation):
         **kwargs: Any,
     ):
         super().__init__(value_range, fill_value, seed, **kwargs)
-        if not isinstance(padding, int) or padding < 0:
+        if not isinstance(padding, int | np.integer) or padding < 0:
             raise ValueError(f"`padding` must be a whole number of pixels, at least 0. Received: padding={padding}.")
-        self.padding = padding
+        self.padding = int(padding)
 
     def call(self, images, training=None):
         return self._augment(images, training, self._crop)

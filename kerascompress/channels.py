@@ -295,5 +295,5 @@ def _check(model, sparsity, importance, scope, round_to, images) -> None:
         )
     if scope not in ("layer", "global"):
         raise ValueError(f"`scope` must be one of ('layer', 'global'). Received: scope={scope!r}.")
-    if not isinstance(round_to, int) or round_to < 1:
+    if not isinstance(round_to, int | np.integer) or round_to < 1:
         raise ValueError(f"`round_to` must be a whole number of at least 1. Received: round_to={round_to!r}.")

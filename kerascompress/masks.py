@@ -275,6 +275,6 @@ def _unzip(pairs) -> tuple[list, list]:
 
 def _pair(value: Any, name: str) -> tuple[int, int]:
     pair = tuple(value) if isinstance(value, (list, tuple)) else ()
-    if len(pair) != 2 or not all(isinstance(each, int) for each in pair):
+    if len(pair) != 2 or not all(isinstance(each, int | np.integer) for each in pair):
         raise ValueError(f"`{name}` must be two integers. Received: {name}={value!r}.")
-    return pair
+    return int(pair[0]), int(pair[1])

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 
 from kerascompress import graph
 from kerascompress.models.mobilenet_v2 import inverted_residual
@@ -167,7 +168,7 @@ def extend(
         Yu, Zhang, Ma, "Revisiting Data Augmentation in Model Compression", Section IV-C2, Figure 5 (b).
     """
     _check_model(model, "extend")
-    if not isinstance(extra_blocks, int) or extra_blocks < 1:
+    if not isinstance(extra_blocks, int | np.integer) or extra_blocks < 1:
         raise ValueError(f"`extra_blocks` must be a whole number of at least 1. Received: extra_blocks={extra_blocks}.")
     if any(wrappers_in(model)):
         raise ValueError(

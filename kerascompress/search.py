@@ -113,6 +113,7 @@ def search_magnitude(
     """
     choice = candidates = _check_magnitudes(magnitudes)
     each_seed = _check_settings(epochs, seeds, halving, sparsity)
+    epochs = epochs and int(epochs)
     if sparsity is not None:
         line = min(max(14.6 - 17 * sparsity, 0), 30)
         candidates = sorted(choice, key=lambda magnitude: abs(magnitude - line))[:NEAREST]
@@ -295,7 +296,7 @@ def _check_magnitudes(magnitudes: Iterable[float]) -> list[float]:
 
 
 def _check_settings(epochs, seeds, halving, sparsity) -> tuple[int | None, ...]:
-    if epochs is not None and (not isinstance(epochs, int) or epochs < 1):
+    if epochs is not None and (not isinstance(epochs, int | np.integer) or epochs < 1):
         raise ValueError(f"`epochs` must be a whole number of at least 1. Received: epochs={epochs}.")
     if halving and epochs is None:
         raise ValueError("`halving` needs `epochs`, the length of a whole training. Received: epochs=None.")

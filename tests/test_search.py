@@ -71,7 +71,7 @@ def test_means_over_seeds_are_compared_and_single_scores_kept():
 
 def test_train_and_score_gets_what_the_search_was_given():
     asked = []
-    search(lambda magnitude, **settings: asked.append((magnitude, settings)) or 0.5, [4], epochs=9, seeds=[7])
+    search(lambda magnitude, **settings: asked.append((magnitude, settings)) or 0.5, [4], epochs=np.int64(9), seeds=[7])
     assert asked == [(None, {"epochs": 9, "seed": 7}), (4, {"epochs": 9, "seed": 7})]
 
 
@@ -115,6 +115,16 @@ def test_halving_asks_for_the_better_third_three_times_as_long_and_counts_epochs
     )
 
 
+def test_halving_ranks_by_the_longest_trainings_and_compares_with_none_after_as_many_epochs():
+    scores = {
+        1: {None: 0.5, 2: 0.4, 5: 0.7, 8: 0.55, 11: 0.45, 14: 0.8},
+        3: {None: 0.6, 5: 0.65, 14: 0.55},
+    }
+    result = search(lambda magnitude, epochs: scores[epochs][magnitude], [2, 5, 8, 11, 14], epochs=3, halving=True)
+    assert (result.optimal, result.maximal) == (5, 8)  # 14 was best, and harms in the end; 8 did not when it was tried
+    assert result.scores == {None: (0.6,), 2: (0.4,), 5: (0.65,), 8: (0.55,), 11: (0.45,), 14: (0.55,)}
+
+
 @given(best=st.integers(0, 30), epochs=st.integers(1, 300), seeds=st.integers(1, 3))
 @settings(max_examples=40, deadline=None)
 def test_halving_finds_the_exhaustive_optimum_when_rankings_do_not_change_with_epochs(best, epochs, seeds):
@@ -148,6 +158,8 @@ def test_a_sparsity_begins_the_search_around_the_line_through_the_papers_optima(
 def test_an_optimum_at_the_edge_of_what_was_tried_is_told():
     with pytest.warns(UserWarning, match="2 to 14: .*without `sparsity`"):
         assert search(peak(25, 30), range(31), epochs=9, halving=True, sparsity=0.4).optimal == 14
+    with pytest.warns(UserWarning, match="9 to 21: .*without `sparsity`"):
+        assert search(peak(0, 30), range(31), epochs=9, halving=True, sparsity=0.0).optimal == 9
     assert search(peak(0, 30), range(31), epochs=9, halving=True, sparsity=0.9).optimal == 0  # that is the very edge
 
 
