@@ -185,15 +185,30 @@ def test_summaries_show_the_masks_of_an_optimizer_at_its_step(tmp_path):
     import tensorflow as tf
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    model, _ = trainer("optimizer", net(), kc.ConstantSparsity(0.5, 0), kc.RandAugment(0))
+    network = net()
+    magnitudes = np.abs(network.get_weights()[0])
+    model, _ = trainer("optimizer", network, kc.ConstantSparsity(0.5, 0), kc.RandAugment(0))
     model.fit(*data(), batch_size=8, verbose=0, callbacks=[kc.PruningSummaries(tmp_path)])
     events = EventAccumulator(str(tmp_path / "metrics"))
     events.Reload()
     ((kernel, _, _),) = pruning_vars(model)
-    for name in ("sparsity", f"{kernel.path}/sparsity"):
+    threshold = np.sort(magnitudes, axis=None)[magnitudes.size // 2]  # the least that stays
+    for name, expected in (
+        ("sparsity", 0.5),
+        (f"{kernel.path}/sparsity", 0.5),
+        (f"{kernel.path}/threshold", threshold),
+    ):
         (event,) = events.Tensors(name)
         assert event.step == 4
-        assert float(tf.make_ndarray(event.tensor_proto)) == pytest.approx(0.5)
+        assert float(tf.make_ndarray(event.tensor_proto)) == pytest.approx(expected)
+
+
+@pytest.mark.once
+def test_a_model_without_pruned_layers_that_is_to_be_driven_is_a_warning():
+    model = net()
+    model.compile("sgd", LOSS)
+    with pytest.warns(UserWarning, match="model 'sequential' has no pruned layer to drive"):
+        model.fit(*data(), verbose=0, callbacks=[kc.UpdatePruningStep()])
 
 
 @pytest.mark.tensorflow_only

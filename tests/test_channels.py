@@ -5,6 +5,9 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
+from keras.src.applications.convnext import ConvNeXt  # of which the public ones are sizes
+from keras.src.applications.densenet import DenseNet
+from keras.src.applications.efficientnet_v2 import EfficientNetV2
 
 import kerascompress as kc
 from kerascompress import channels, models
@@ -226,33 +229,32 @@ def test_half_of_shufflenet_computes_the_same_as_if_the_other_half_were_zero(mon
     assert fraction_of_kernels(small, model) == pytest.approx(0.25, abs=0.06)
 
 
-APPLICATIONS = {
-    "MobileNetV3Small": {},
-    "EfficientNetV2B0": {},
-    "DenseNet121": {},
-    "InceptionV3": {"input_shape": (75, 75, 3)},
-    "Xception": {"input_shape": (71, 71, 3)},
+CLASSIFIER = {"weights": None, "classes": 4, "classifier_activation": None, "input_shape": (32, 32, 3)}
+APPLICATIONS = {  # with fewer and narrower blocks, of every kind, where a size can be given
+    "MobileNetV3Small": keras.applications.MobileNetV3Small,
+    "EfficientNetV2": lambda **settings: EfficientNetV2(0.25, 0.6, 32, name="efficientnetv2-b0", **settings),
+    "DenseNet": lambda **settings: DenseNet([2, 2, 2, 2], **settings),
+    "InceptionV3": lambda **settings: keras.applications.InceptionV3(**settings | {"input_shape": (75, 75, 3)}),
+    "Xception": lambda **settings: keras.applications.Xception(**settings | {"input_shape": (71, 71, 3)}),
 }
 
 
 @pytest.mark.tensorflow_only  # to follow a graph has no backend, and these networks are slow to build on JAX
 @pytest.mark.parametrize("name", APPLICATIONS)
 def test_networks_of_keras_without_channels_of_zeros_compute_the_same(name):
-    settings = {"input_shape": (32, 32, 3), "weights": None, "classes": 4, "classifier_activation": None}
-    model = getattr(keras.applications, name)(**settings | APPLICATIONS[name])
+    model = APPLICATIONS[name](**CLASSIFIER)
     small = check_exact(model)
     assert small.count_params() < 0.3 * model.count_params()
 
 
 def test_convnext_is_pruned_though_its_normalisation_sees_all_channels():
-    settings = {"weights": None, "classes": 4, "input_shape": (32, 32, 3)}
     if keras.backend.backend() != "tensorflow":
         pytest.skip("to follow a graph has no backend, and this network is slow to build on JAX")
-    model = keras.applications.ConvNeXtTiny(**settings)
+    model = ConvNeXt([1, 1, 2, 1], [24, 48, 96, 192], **CLASSIFIER | {"classifier_activation": "softmax"})
     small = prune_channels(model, 0.5)
     assert small.count_params() < 0.27 * model.count_params()
     assert np.isfinite(outputs(small, images(small))).all()
-    assert small.get_layer("convnext_tiny_stage_0_block_0_depthwise_conv").groups == 48
+    assert small.get_layer("convnext_stage_0_block_0_depthwise_conv").groups == 12
 
 
 # --- Torch-Pruning ---
@@ -360,6 +362,54 @@ def test_the_scale_of_batch_normalisation_is_an_importance():
     norm.gamma.assign([-0.3, 0.1, 0.2, 0.0])
     small = prune_channels(model, 0.5, importance="batch_norm")
     np.testing.assert_array_equal(small.layers[2].gamma, np.array([-0.3, 0.2], "float32"))
+
+
+# Fractions of the mean norm of a layer; averages over the two that are added are 1.6, 1.1, 0.7 and 0.6.
+FRACTIONS = {"one": [2.0, 0.8, 0.4, 0.8], "other": [1.2, 1.4, 1.0, 0.4], "after": [1.5, 1.0, 0.9, 0.6]}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("importance", "left"), [("l2", [0, 1]), ("batch_norm", [1, 3]), (lambda layer, _: FRACTIONS[layer.name], [0, 1])]
+)
+def test_layers_of_other_scales_are_compared_by_means_over_the_layers_of_a_group(importance, left):
+    inputs = keras.Input((1,))
+    dense = {name: layers.Dense(4, name=name) for name in FRACTIONS}
+    norms = [layers.BatchNormalization(name=f"{name}_norm") for name in ("one", "other")]
+    x = layers.Add()([norm(layer(inputs)) for norm, layer in zip(norms, dense.values(), strict=False)])
+    model = keras.Model(inputs, layers.Dense(2)(dense["after"](x)))
+    dense["one"].set_weights([100 * np.array([FRACTIONS["one"]]), np.arange(4)])
+    dense["other"].set_weights([0.01 * np.array([FRACTIONS["other"]]), np.arange(4)])
+    dense["after"].set_weights([5 * np.diag(FRACTIONS["after"]), np.arange(4)])  # without a scale to go by
+    for norm, scale in zip(norms, ([0.1, 1.2, 0.4, -2.0], [0.3, 1.4, 0.8, 0.4]), strict=True):
+        norm.gamma.assign(scale)  # average magnitudes are 0.2, 1.3, 0.6 and 1.2
+    small = prune_channels(model, 0.5, importance=importance, scope="global")
+    found = [small.get_layer(name).get_weights()[1].tolist() for name in dense]
+    assert found == [left, left, [0, 1]]
+
+
+@pytest.mark.once
+def test_every_group_of_a_normalisation_loses_the_same_channels():
+    made, norm = layers.Conv2D(16, 1, name="made"), layers.GroupNormalization(4, name="norm")
+    model = keras.Sequential([keras.Input((4, 4, 1)), made, norm, layers.Flatten(), layers.Dense(2)])
+    for variable in (made.bias, norm.gamma):
+        variable.assign(np.arange(16))
+    small = prune_channels(model, 0.5, importance=lambda layer, outputs: np.arange(16))
+    left = [2, 3, 6, 7, 10, 11, 14, 15]
+    np.testing.assert_array_equal(small.get_layer("made").bias, left)
+    np.testing.assert_array_equal(small.get_layer("norm").gamma, left)
+    assert small.get_layer("norm").groups == 4
+    assert outputs(small, images(small)).shape == (2, 2)
+
+
+@pytest.mark.once
+def test_the_scale_of_a_normalisation_by_root_mean_squares_goes_with_its_channels():
+    norm = layers.RMSNormalization(name="norm")
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(8), norm, layers.Dense(2)])
+    norm.scale.assign(np.arange(8))
+    small = prune_channels(model, 0.5, importance=lambda layer, outputs: np.arange(8) % 4)
+    np.testing.assert_array_equal(small.get_layer("norm").scale, [2, 3, 6, 7])
+    assert outputs(small, np.ones((2, 3))).shape == (2, 2)
 
 
 def test_global_scope_takes_channels_where_they_matter_least_but_leaves_one():

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 import warnings
 
 import keras
@@ -270,6 +271,30 @@ def test_the_best_epoch_is_one_that_was_looked_at_and_the_last_one_always_is(tmp
     assert [epoch for epoch, _ in looks] == [2, 4, 5]
 
 
+@pytest.mark.once("jax")
+def test_accuracies_of_the_best_and_the_last_epoch_are_those_of_their_weights(tmp_path, monkeypatch):
+    weights, on_epoch_end = [], keeper.Keeper.on_epoch_end
+
+    def first_is_best(kept, epoch, logs):
+        on_epoch_end(kept, epoch, logs | {"val_accuracy": (0.9, 0.1)[epoch]})
+        weights.append(kept.fitted.layers[-1].get_weights())
+
+    monkeypatch.setattr(keeper.Keeper, "on_epoch_end", first_is_best)
+    run = run_of(tmp_path, epochs=2)
+    net = one_layer(run)
+    result = training.trained(run, net)
+    for ours, last in zip(net.get_weights(), weights[1], strict=True):
+        np.testing.assert_array_equal(ours, last)
+    images, labels = training.data_of(run).test
+    expected = []
+    for each in weights:
+        net.set_weights(each)
+        expected.append(np.mean(net.predict(images, verbose=0).argmax(1) == labels))
+    assert expected[0] != expected[1]
+    assert (result["test_best"], result["test_last"]) == pytest.approx(tuple(expected), abs=1e-6)
+    assert [result[name] for name in ("best_epoch", "validation_best", "validation_last")] == [1, 0.9, 0.1]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -391,6 +416,23 @@ def test_a_seed_that_is_named_twice_counts_once(tmp_path):
         planned = [study.run(arm="none", sparsity=0.0, magnitude=None, seed=seed) for seed in study.seeds]
         runs.append_row(tmp_path / "rows.jsonl", planned[0].key | {"test_last": 0.5})
         assert len(study.carry_out(planned, raises_dies_or_returns)) == 1
+
+
+@pytest.mark.once
+def test_the_recipe_is_a_crop_by_4_of_32_pixels_two_operations_and_half_of_the_epochs_to_prune(tmp_path, monkeypatch):
+    data = types.SimpleNamespace(input_shape=(32, 32, 3), fill_value=120, flip=True, in_files=False)
+    data.train = None, np.zeros(200)
+    monkeypatch.setattr(training, "data_of", lambda run: data)
+    run = run_of(tmp_path, magnitude=9, sparsity=0.6, epochs=5)
+    net = keras.Sequential([keras.Input((32, 32, 3)), keras.layers.Flatten()])
+    whole, augment = training.classifier(run, net, 0)
+    crop, flip, *rest = whole.layers
+    assert rest == [augment, net]
+    assert (crop.padding, flip.mode) == (4, "horizontal")
+    assert (augment.num_ops, float(augment.magnitude)) == (2, 9)
+    schedule = training.ramp(run)
+    assert (schedule.begin_step, schedule.end_step) == (0, 2 * 6)  # 5 // 2 epochs of 200 // 32 batches
+    assert (schedule.initial_sparsity, schedule.final_sparsity) == (0, 0.6)
 
 
 @pytest.mark.once

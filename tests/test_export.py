@@ -1,4 +1,5 @@
 import dataclasses
+import gzip
 import json
 import math
 import os
@@ -214,6 +215,28 @@ def test_a_failed_export_leaves_everything_as_it_was(tmp_path, monkeypatch, kind
     assert everything_in(tmp_path) == before
 
 
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("quantize", "policy", "limit"),
+    [
+        (None, "float32", 0.01),
+        ("float16", "float32", 0.01),
+        ("dynamic", "float32", 0.15),
+        ("int8", "float32", 0.25),
+        (None, "mixed_bfloat16", 0.05),
+        ("dynamic", "mixed_bfloat16", 0.15),
+    ],
+)
+def test_outputs_that_differ_by_more_than_rounding_explains_are_refused(quantize, policy, limit):
+    keras.config.set_dtype_policy(policy)
+    model, expected = two_layers(), {"output_0": np.array([[50.0, -100.0]])}
+    just_below, just_above = ({"output_0": np.array([[50.0, -100.0 - share * limit]])} for share in (99, 101))
+    checked = export._checked(model, just_below, expected, quantize)
+    assert checked == {"max_error": pytest.approx(0.99 * limit, rel=1e-3), "agreement": 1}
+    with pytest.raises(RuntimeError, match=rf"where rounding explains {limit:g}\."):
+        export._checked(model, just_above, expected, quantize)
+
+
 def test_litert_file_computes_the_same_and_shrinks_by_itself(tmp_path):
     import tensorflow as tf
 
@@ -225,6 +248,7 @@ def test_litert_file_computes_the_same_and_shrinks_by_itself(tmp_path):
     found = interpreter.get_signature_runner("serving_default")(images=x)["output_0"]
     np.testing.assert_allclose(found, outputs(model, x), rtol=1e-3, atol=1e-4)
     assert report.raw_bytes == (tmp_path / "net.tflite").stat().st_size
+    assert report.gzip_bytes == len(gzip.compress((tmp_path / "net.tflite").read_bytes(), mtime=0))
     assert json.loads((tmp_path / "net.tflite.json").read_text()) == dataclasses.asdict(report)
     assert report.sparsity == pytest.approx(0.8, abs=1e-3)
     assert report.raw_bytes < export_litert(dense, tmp_path / "dense.tflite").raw_bytes / 2

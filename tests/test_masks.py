@@ -1,5 +1,7 @@
 """Rules: masks and thresholds held against tfmot and NumPy, on the host, eagerly, and inside a compiled step."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -42,16 +44,20 @@ def to_numpy(masks_and_thresholds):
     return [[ops.convert_to_numpy(each) for each in part] for part in masks_and_thresholds]
 
 
+WAYS = {host: (), eager: (), compiled: pytest.mark.compiled, xla: pytest.mark.tensorflow_only}
 everywhere = pytest.mark.parametrize(
-    "how",
-    [
-        host,
-        eager,
-        pytest.param(compiled, marks=pytest.mark.compiled),
-        pytest.param(xla, marks=pytest.mark.tensorflow_only),
-    ],
-    ids=lambda how: how.__name__,
+    "how", [pytest.param(how, marks=marks, id=how.__name__) for how, marks in WAYS.items()]
 )
+
+
+def all_on_host(names, cases, elsewhere):
+    """All cases on the host, and a few of them eagerly and compiled."""
+    params = [
+        pytest.param(how, *case, marks=marks, id="-".join(map(str, (how.__name__, *case))))
+        for how, marks in WAYS.items()
+        for case in (cases if how is host else elsewhere)
+    ]
+    return pytest.mark.parametrize(("how", *names), params)
 
 
 def kernels_with_ties_and_zeros(*shapes, seed=0):
@@ -104,9 +110,11 @@ def test_five_weights_at_sparsity_three_tenths_keep_four_as_in_float32(how):
     assert how([np.arange(1, 6, dtype="float32")], Rule(), 0.3)[0][0].sum() == 4
 
 
-@everywhere
-@pytest.mark.parametrize("pooling", ["AVG", "MAX"])
-@pytest.mark.parametrize("block_size", [(2, 2), (4, 1), (3, 5)])
+@all_on_host(
+    ("block_size", "pooling"),
+    itertools.product([(2, 2), (4, 1), (3, 5)], ["AVG", "MAX"]),
+    elsewhere=[((3, 5), "AVG"), ((4, 1), "MAX")],
+)
 def test_block_masks_equal_tfmots(tfmots, how, block_size, pooling):
     (kernel,) = kernels_with_ties_and_zeros((14, 9))
     settings = {"block_size": block_size, "block_pooling_type": pooling}
@@ -116,9 +124,11 @@ def test_block_masks_equal_tfmots(tfmots, how, block_size, pooling):
     assert ours == pytest.approx(threshold, rel=1e-6)
 
 
-@everywhere
-@pytest.mark.parametrize("m_by_n", [(2, 4), (1, 4), (3, 5)])
-@pytest.mark.parametrize("shape", [(16, 5), (10, 3), (3, 3, 8, 4), (1, 1, 6, 4)])
+@all_on_host(
+    ("shape", "m_by_n"),
+    itertools.product([(16, 5), (10, 3), (3, 3, 8, 4), (1, 1, 6, 4)], [(2, 4), (1, 4), (3, 5)]),
+    elsewhere=[((16, 5), (2, 4)), ((10, 3), (1, 4)), ((3, 3, 8, 4), (3, 5)), ((1, 1, 6, 4), (2, 4))],
+)
 def test_m_by_n_masks_equal_tfmots(tfmots, how, shape, m_by_n):
     (kernel,) = kernels_with_ties_and_zeros(shape)
     expected, _ = tfmots(kernel, 0.5, sparsity_m_by_n=m_by_n)
@@ -154,6 +164,12 @@ def test_kernels_of_other_precision_are_compared_in_float32(how, dtype):
     (mask,), (threshold,) = how([kernel], Rule(), 0.6)
     np.testing.assert_array_equal(mask, expected[0][0])
     assert threshold == expected[1][0]
+
+
+@pytest.mark.once
+def test_what_is_equal_in_float32_stays_together():
+    (mask,), _ = Rule()([np.array([1, 1 + 1e-12])], 0.5)
+    assert mask.tolist() == [True, True]
 
 
 @everywhere
@@ -199,7 +215,7 @@ def test_a_magnitude_mask_keeps_the_largest_and_the_number_tfmots_formula_says(h
     assert weights[mask].min() > weights[~mask].max(initial=0)
 
 
-@everywhere
+@pytest.mark.parametrize("how", [host, pytest.param(compiled, marks=pytest.mark.compiled)])
 def test_sparsity_zero_keeps_every_weight_of_a_kernel_too_large_for_float32(how):
     (mask,), _ = how([np.ones(2**24 + 3, "float32")], Rule(), 0.0)
     assert mask.all()

@@ -199,6 +199,42 @@ def test_blocks_and_m_by_n_hold_while_it_trains(settings):
         assert set(kernel.reshape(2, 4, 8).sum(axis=1).ravel()) == {2}
 
 
+@pytest.mark.parametrize("schedule", [None, kc.ConstantSparsity(0.5, 0, frequency=1)])
+def test_the_m_by_n_mask_is_set_once(schedule):
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(1, use_bias=False)])
+    model.set_weights([np.array([[1], [2], [3], [4]])])
+    model.compile(kc.PruningOptimizer(keras.optimizers.SGD(0.25), schedule, sparsity_m_by_n=(2, 4)), "mse")
+    model.optimizer.build(model.trainable_variables)
+    ((kernel, mask, _),) = model.optimizer.pruning_vars
+    before = ops.convert_to_numpy(mask).ravel().tolist()
+    model.fit(np.ones((1, 4)), np.zeros((1, 1)), verbose=0)  # to -3.5, -3.5, -0.5 and 0.5, and masked
+    assert ops.convert_to_numpy(mask).ravel().tolist() == before == [False, False, True, True]
+    np.testing.assert_allclose(ops.convert_to_numpy(kernel).ravel(), [0, 0, -0.5, 0.5])
+
+
+def shares_of_zeros(model):
+    kernels = {layer.name: next(v for v in layer.variables if v.name == "kernel") for layer in model.layers}
+    return {name: np.mean(ops.convert_to_numpy(kernel) == 0) for name, kernel in kernels.items()}
+
+
+@pytest.mark.parametrize("carrier", ["wrapper", "optimizer", "optimizer, with LoRA"])
+def test_a_frozen_kernel_is_pruned_by_wrappers_and_passed_over_by_the_optimizer(carrier):
+    frozen, schedule, drivers = layers.Dense(8, name="frozen"), kc.ConstantSparsity(0.5, 0, 0), []
+    model = keras.Sequential([keras.Input((8,)), frozen, layers.Dense(64, name="head")])
+    if carrier == "optimizer, with LoRA":
+        frozen.enable_lora(1)
+    else:
+        frozen.trainable = False
+    if carrier == "wrapper":
+        model, optimizer, drivers = kc.prune_low_magnitude(model, schedule), "sgd", [kc.UpdatePruningStep()]
+    else:
+        optimizer = kc.PruningOptimizer("sgd", schedule)
+    model.compile(optimizer, "mse")
+    model.fit(np.ones((8, 8)), np.ones((8, 64)), verbose=0, callbacks=drivers)
+    small = kc.strip_pruning(model) if carrier == "wrapper" else model
+    assert shares_of_zeros(small) == {"frozen": 0.5 if carrier == "wrapper" else 0, "head": 0.5}
+
+
 # --- saved and restored ---
 
 

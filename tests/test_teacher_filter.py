@@ -106,6 +106,31 @@ def plan(folder, **given):
         return fig7.plan(fig7.flags.Study("fig7", takes=("teacher", "teacher_epochs", "teacher_magnitude")))
 
 
+SELECTIONS = {  # magnitude, candidates, weight of the cross-entropy, weight of the divergence
+    "random": ([0, 30], 1, 1.0, 1.0),
+    "M=4": (4, 1, 1.0, 1.0),
+    "M=9": (9, 1, 1.0, 1.0),
+    "M=14": (14, 1, 1.0, 1.0),
+    "M=22": (22, 1, 1.0, 1.0),
+    "teacher filter": ([0, 30], 4, 1.0, 1.0),
+    "(a) cross-entropy alone": ([0, 30], 4, 1.0, 0.0),
+    "(b) divergence alone": ([0, 30], 4, 0.0, 1.0),
+}
+
+
+def test_every_arm_selects_as_its_name_says(tmp_path, monkeypatch):
+    monkeypatch.setitem(fig7.SMOKE, "arms", tuple(fig7.ARMS))
+    found = {}
+    for run in plan(tmp_path):
+        student, teacher = (one_layer(run, seed) for seed in (0, 1))
+        distiller, augment = fig7.make_distiller(run, student, teacher)
+        magnitude = keras.ops.convert_to_numpy(augment.magnitude).tolist()
+        found[run.arm] = magnitude, distiller.num_candidates, distiller.ce_weight, distiller.kl_weight
+        assert (augment.num_ops, distiller.temperature, distiller.alpha) == (2, 4, 0.1)
+        assert run.magnitude == (None if magnitude == [0, 30] else magnitude)
+    assert found == SELECTIONS
+
+
 def test_teacher_and_student_of_one_architecture_and_any_seed_begin_with_other_kernels_and_see_other_orders(tmp_path):
     *_, run = plan(tmp_path, teacher="resnet8w4", seeds=0)
     teacher, student = run.after, run
