@@ -610,3 +610,14 @@ def test_a_loop_over_a_batch_of_any_size_is_told_how_litert_takes_it(tmp_path):
     with pytest.raises(RuntimeError, match="unroll=True"):
         export_litert(model, tmp_path / "net.tflite", images=np.zeros((4, 7, 5), "float32"))
     assert not (tmp_path / "net.tflite").exists()
+
+
+@pytest.mark.parametrize("write", [export_saved_model, export_litert])
+def test_many_images_are_run_a_few_at_a_time(tmp_path, monkeypatch, write):
+    monkeypatch.setattr(litert, "AT_ONCE", 3)
+    seen, named = [], export._named
+    monkeypatch.setattr(export, "_named", lambda outputs: seen.append(named(outputs)) or seen[-1])
+    write(two_layers(), tmp_path / "net.tflite", images=images(7, 8, 8, 1))
+    assert [len(each["output_0"]) for each in seen[:3]] == [3, 3, 1]
+    assert [len(each) for each in litert.batches(np.zeros(7), None)] == [3, 3, 1]
+    assert [len(each) for each in litert.batches(np.zeros(7), 2)] == [2, 2, 2]

@@ -272,6 +272,17 @@ def test_a_file_has_masks_and_moments_once(tmp_path):
     assert 13 * weights < (tmp_path / "model.keras").stat().st_size < 14 * weights  # two moments, and a byte of a mask
 
 
+@pytest.mark.once
+def test_a_file_that_has_the_inner_optimizers_variables_twice_is_read():
+    model = prune(net(), scope="global")
+    fit(model, count=32)
+    again = prune(net(), scope="global").optimizer
+    again.build(net().trainable_variables)
+    again.load_own_variables({str(i): ops.convert_to_numpy(each) for i, each in enumerate(model.optimizer.variables)})
+    for ours, theirs in zip(again.variables, model.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_a_backup_of_a_training_killed_within_an_epoch_is_sparse_and_goes_on_bit_for_bit(tmp_path):
     class Killed(Exception):  # noqa: N818
         pass
