@@ -141,9 +141,11 @@ def curves(axes, arms):
         cells = {arm: cells[p] for arm, cells in arms.items() if p in cells}
         points(axes, f"p = {p:g}", [places[arm] for arm in cells], cells.values())
         mean = {None if arm == "none" else places[arm]: accuracy for arm, (accuracy, *_) in cells.items()}
-        if None in mean and len(mean) > 1 and len(set(mean.values())) == 1:
+        if None not in mean or len(mean) == 1:
+            continue
+        if len(set(mean.values())) == 1:
             print(f"p = {p:g}: at chance")  # nothing has learned anything, and no magnitude is best
-        elif None in mean and len(mean) > 1:
+        else:
             found = kc.search_magnitude(mean.get, [m for m in mean if m is not None], verbose=0)
             best = found.optimal if mean[found.optimal] > mean[None] else None  # of equals the weakest, as in `claims`
             shown = ["none" if magnitude is None else f"{magnitude:g}" for magnitude in (best, found.maximal)]

@@ -150,9 +150,10 @@ def _positions_inside(layer, node, tensors) -> dict[int, int | None]:
         if part is layer or not inputs or graph.children(part):
             return
         now = _positions(part, inputs[0].shape[1:], outputs[0].shape[1:])
+        parts = outputs[0].shape[0]  # of one image, such as windows
         for kernel in kernels_of(part):
             before = found.get(id(kernel), 0)
-            found[id(kernel)] = None if now is None or before is None else before + now
+            found[id(kernel)] = None if None in (now, parts, before) else before + parts * now
 
     one_image = [keras.KerasTensor((1, *each.shape[1:]), each.dtype) for each in tensors]
     args, kwargs = graph.arguments(node, one_image)

@@ -1,7 +1,7 @@
 import keras
 import numpy as np
 import pytest
-from keras import layers
+from keras import layers, ops
 
 import kerascompress as kc
 from kerascompress import models
@@ -56,6 +56,18 @@ class Block(layers.Layer):
         return self.back(self.hidden(self.attention(tokens, tokens)))
 
 
+class Windows(layers.Layer):
+    """Takes each row of an image for an image of its own."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def call(self, images):
+        rows = ops.reshape(images, (-1, *images.shape[2:]))
+        return ops.reshape(self.block(rows), (-1, *images.shape[1:]))
+
+
 def test_attention_and_other_layers_made_of_layers_are_counted_by_what_they_call():
     query, value = keras.Input((5, 8)), keras.Input((7, 8))
     attention = layers.MultiHeadAttention(2, 4)
@@ -65,6 +77,8 @@ def test_attention_and_other_layers_made_of_layers_are_counted_by_what_they_call
     model = keras.Model(query, block(block(query)))
     assert kc.summary(model).macs == 2 * 5 * (4 * 64 + 2 * 8 * 16)
     assert kc.summary(kc.prune_low_magnitude(model)).macs == kc.summary(model).macs
+    windows = keras.Model(image := keras.Input((4, 6, 8)), Windows(block)(image))
+    assert kc.summary(windows).macs == 4 * 6 * (4 * 64 + 2 * 8 * 16)
     steps = keras.Model(query, layers.TimeDistributed(layers.Dense(3))(query))
     assert kc.summary(steps).macs is None
 
