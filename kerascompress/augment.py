@@ -89,16 +89,17 @@ OPS = (
 class _Augmentation(keras.layers.Layer):
     """What the layers here share: when they act, on which images, and with what randomness."""
 
-    def __init__(self, value_range: tuple[float, float], fill_value: float, seed: int | None, **kwargs: Any):
+    def __init__(self, value_range, fill_value: float | Sequence[float], seed: int | None, **kwargs: Any):
         super().__init__(**{"autocast": False, **kwargs})
         rounds.check_value_range(value_range)
-        if not 0 <= fill_value <= 255:
+        fill = np.asarray(fill_value, dtype="float64")
+        if fill.shape not in ((), (1,), (3,)) or not np.all((fill >= 0) & (fill <= 255)):
             raise ValueError(
-                "`fill_value` must be in [0, 255], black to white, whatever `value_range` is. "
-                f"Received: fill_value={fill_value}."
+                "`fill_value` must be in [0, 255], black to white, whatever `value_range` is, or one such number for "
+                f"each channel. Received: fill_value={fill_value}."
             )
         self.value_range = (value_range[0], value_range[1])
-        self.fill_value = fill_value
+        self.fill_value = tuple(fill.tolist()) if fill.shape else fill_value
         self.seed = seed
         bits = {"torch": 31, "jax": 32}.get(keras.backend.backend())  # of a seed; Keras fails on others
         self.seed_generator = keras.random.SeedGenerator(seed % 2**bits if bits and isinstance(seed, int) else seed)
@@ -123,6 +124,11 @@ class _Augmentation(keras.layers.Layer):
             raise ValueError(
                 f"{type(self).__name__} needs images of shape (batch, height, width, channels) or "
                 f"(height, width, channels), with 1 or 3 channels. Received: images {received}."
+            )
+        if isinstance(self.fill_value, tuple) and len(self.fill_value) != shape[-1]:
+            raise ValueError(
+                f"`fill_value` must be one number, or one for each of the {shape[-1]} channels of the images. "
+                f"Received: fill_value={self.fill_value}."
             )
         if 0 in images.shape:
             return images
@@ -179,7 +185,7 @@ class RandAugment(_Augmentation):
             rounded to the 256 levels in between. Images that are obviously on another scale are refused; in a step
             compiled by XLA (`fit` on JAX, or on a GPU), they become NaN instead, and so does the loss.
         fill_value: What rotate, shear and translate show outside of the image, from 0 (black) to 255 (white), whatever
-            `value_range` is.
+            `value_range` is: a number, or one for each channel, such as the mean colour `(124, 116, 104)` of ImageNet.
         interpolation: `"nearest"`, as in the paper, or `"bilinear"`.
         seed: Makes the draws reproducible; in `tf.data`, without `num_parallel_calls`, in whose calls they are drawn in
             any order.
@@ -216,7 +222,7 @@ class RandAugment(_Augmentation):
         num_ops: int = 2,
         ops: Sequence[str | Op] | None = None,
         value_range: tuple[float, float] = (0, 255),
-        fill_value: float = 0,
+        fill_value: float | Sequence[float] = 0,
         interpolation: str = "nearest",
         seed: int | None = None,
         **kwargs: Any,
@@ -316,8 +322,8 @@ class RandomCrop(_Augmentation):
     Args:
         padding: Pixels on each side.
         value_range: As for `RandAugment`: images on another scale are refused, or become NaN.
-        fill_value: What the padding shows, from 0 (black, as torchvision) to 255 (white), whatever `value_range` is;
-            mid-grey by default.
+        fill_value: What the padding shows, from 0 (black, as torchvision) to 255 (white), whatever `value_range` is: a
+            number, or one for each channel; mid-grey by default.
         seed: Makes the draws reproducible.
 
     Call arguments:
@@ -340,7 +346,7 @@ class RandomCrop(_Augmentation):
         padding: int = 4,
         *,
         value_range: tuple[float, float] = (0, 255),
-        fill_value: float = 128,
+        fill_value: float | Sequence[float] = 128,
         seed: int | None = None,
         **kwargs: Any,
     ):
@@ -357,7 +363,7 @@ class RandomCrop(_Augmentation):
         offset = self._integers(shape, -self.padding, self.padding + 1)
         x, y = kops.cast(offset[0], "float32"), kops.cast(offset[1], "float32")
         black, white = self.value_range
-        fill_value = black + self.fill_value * (white - black) / 255
+        fill_value = black + np.multiply(self.fill_value, (white - black) / 255)
         if good is not True:  # on another scale, padding is all that is to be seen: cheaper than a pass over the images
             x, fill_value = kops.where(good, x, 2.0**14), kops.where(good, fill_value, float("nan"))
         zero, one = kops.zeros_like(x), kops.ones_like(x)

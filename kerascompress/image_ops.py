@@ -55,13 +55,14 @@ def warp(images, matrix, *, fill_value=0, interpolation="nearest"):
     Args:
         images: `(batch, height, width, channels)`.
         matrix: float32 `(batch, 6)`, the coefficients a to f of each image, in pixels.
-        fill_value: what is shown outside of the input.
+        fill_value: what is shown outside of the input, a number or one for each channel.
         interpolation: `"nearest"` or `"bilinear"`.
 
     Returns:
         `(batch, height, width, channels)` in the dtype of `images`, or float32 if `"bilinear"`.
     """
     batch, height, width, channels = ops.shape(images)
+    fill_value = ops.convert_to_tensor(fill_value)
     flat = ops.reshape(images, (-1, channels))
     start = ops.reshape(ops.arange(batch, dtype="int32"), (-1, 1, 1)) * (height * width)
     a, b, c, d, e, f = (coefficient[:, None, None] for coefficient in ops.unstack(matrix, 6, axis=1))

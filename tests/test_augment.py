@@ -289,7 +289,7 @@ def test_a_saved_model_keeps_the_live_magnitude_and_rows_of_ones_own(tmp_path):
         magnitude=14,
         ops=["Rotate", Op("Darken", 60.0, pixels=darken), "Equalize"],
         seed=5,
-        fill_value=128,
+        fill_value=(124, 116, 104),
         interpolation="bilinear",
     )
     model = mean_output(layer)
@@ -344,12 +344,14 @@ def test_random_crop_shows_a_window_of_the_padded_image_per_image(dtype):
     assert stats.chisquare(np.bincount(x, minlength=9)).pvalue > 0.001
 
 
+@pytest.mark.parametrize("fill", [128, (124, 16, 204)])
 @pytest.mark.parametrize("value_range", [(0, 255), (0, 1), (-1, 1)])
-def test_random_crop_pads_with_the_same_grey_on_every_scale(value_range):
+def test_random_crop_pads_with_the_same_colour_on_every_scale(value_range, fill):
     images, (black, white) = batch_of(24).astype("float32"), value_range
-    expected = augmented(RandomCrop(seed=0), images)
-    assert np.any(np.all(expected == 128, axis=(2, 3)))
-    output = augmented(RandomCrop(value_range=value_range, seed=0), images / 255 * (white - black) + black)
+    expected = augmented(RandomCrop(seed=0, fill_value=fill), images)
+    assert np.any(np.all(expected == np.float32(fill), axis=(2, 3)))
+    crop = RandomCrop(value_range=value_range, seed=0, fill_value=fill)
+    output = augmented(crop, images / 255 * (white - black) + black)
     np.testing.assert_allclose((output - black) / (white - black) * 255, expected, atol=1e-3)
 
 
@@ -539,6 +541,12 @@ def test_an_exported_saved_model_has_no_augmentation_in_it(tmp_path):
         (lambda: RandAugment(ops=[]), r"Received: ops=\[\]"),
         (lambda: RandAugment(value_range=(1, 0)), r"black < white.*Received: value_range=\(1, 0\)"),
         (lambda: RandAugment(fill_value=256), r"Received: fill_value=256"),
+        (lambda: RandAugment(fill_value=(0, 256, 0)), r"for each channel. Received: fill_value=\(0, 256, 0\)"),
+        (lambda: RandAugment(fill_value=(1, 2)), r"Received: fill_value=\(1, 2\)"),
+        (
+            lambda: RandomCrop(fill_value=(1, 2, 3))(np.zeros((1, 8, 8, 1), "uint8"), training=True),
+            r"each of the 1 channels.*Received: fill_value=\(1.0, 2.0, 3.0\)",
+        ),
         (lambda: RandAugment(interpolation="cubic"), r"\"nearest\" or \"bilinear\". Received: interpolation='cubic'"),
         (lambda: RandomCrop(padding=-1), r"Received: padding=-1"),
         (lambda: RandomCrop(value_range=(1, 1)), r"black < white.*Received: value_range=\(1, 1\)"),

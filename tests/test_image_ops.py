@@ -153,13 +153,13 @@ def test_the_mean_of_a_large_bright_image_is_its_own():
     assert table[0, 0, 255] == 255
 
 
-@pytest.mark.parametrize("fill", [0, 128])
+@pytest.mark.parametrize("fill", [0, 128, (250, 30, 100)])
 def test_bilinear_interpolation_and_fill_equal_pillow(fill):
     images = photographs(40, 56)
     names = ["Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY"]
     cases, batch, op, sign, magnitude = every_case(images, names)
     output = run(Drawn([op], [sign], interpolation="bilinear", fill_value=fill), batch, magnitude, "xla")
-    kwargs = {"fill": (fill,) * 3, "resample": Image.BILINEAR}
+    kwargs = {"fill": fill if isinstance(fill, tuple) else (fill,) * 3, "resample": Image.BILINEAR}
     for k, (name, level, direction) in enumerate(cases):
         expected = pillow_batch(name, level, direction, images, **kwargs)
         difference = np.abs(output[k * len(images) : (k + 1) * len(images)].astype(int) - expected)
