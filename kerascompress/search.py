@@ -157,7 +157,7 @@ def search_magnitude(
 def validation_score(
     model: keras.Model,
     images: Any,
-    labels: Any,
+    labels: Any = None,
     *,
     augment: keras.Layer | None = None,
     metric: str = "accuracy",
@@ -171,20 +171,21 @@ def validation_score(
     Args:
         model: The network without its augmentation, from images to logits `(batch, classes)`; for `"accuracy"`,
             probabilities will do.
-        images: `(batch, height, width, channels)`, held out from training.
-        labels: int `(batch,)` or `(batch, 1)`.
+        images: `(batch, height, width, channels)`, held out from training; or a dataset of batches of images and labels
+            that ends: `tf.data.Dataset`, `keras.utils.PyDataset`, a Torch `DataLoader`.
+        labels: int `(batch,)` or `(batch, 1)`; not given beside a dataset.
         augment: A layer that is called with `training=True`, such as `RandAugment` at the magnitude of the training.
             Make it anew with a fixed seed for each call, so that all networks are scored on the same draws. `None` is
             clean images.
         metric: `"accuracy"`, in [0, 1], or `"cross_entropy"`, minus its mean over the images, in nats.
-        batch_size: Images at a time.
+        batch_size: Images at a time; a dataset has its own.
 
     Returns:
         The score.
 
     Raises:
-        ValueError: If `metric` is another, there is no label for every image or one that is no class, the model has
-            another output, or one that ends in a softmax or sigmoid is asked for its cross-entropy.
+        ValueError: If `metric` is another, there is no image, no label for every image or one that is no class, the
+            model has another output, or one that ends in a softmax or sigmoid is asked for its cross-entropy.
 
     Example:
         >>> import keras, numpy as np, kerascompress as kc
@@ -200,37 +201,19 @@ def validation_score(
         raise ValueError(f"`metric` must be one of {METRICS}. Received: metric={metric!r}.")
     if metric == "cross_entropy":
         losses.check_logits("model", model)
-    labels = np.asarray(labels)
-    if labels.shape not in ((len(images),), (len(images), 1)) or not len(images):
-        one_hot = labels.ndim == 2 and labels.shape[1] > 1
-        raise ValueError(
-            "`labels` must be integers of shape (batch,), one for each image. "
-            f"Received: labels of shape {labels.shape} for {len(images)} images."
-            + " For one-hot labels, use `argmax(-1)`."
-            * one_hot
-        )
-    labels = labels.reshape(-1)
-    if augment is not None:
-        batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
-        images = np.concatenate([keras.ops.convert_to_numpy(augment(batch, training=True)) for batch in batches])
-    logits = model.predict(images, batch_size=batch_size, verbose=0)
-    classes: Any = getattr(logits, "shape", ())[1:]
-    if len(classes) != 1 or classes[0] < 2:
-        raise ValueError(
-            "`model` must have one output, (batch, classes), of two classes or more; of another, compute a score of "
-            f"your own. Received: {model.name!r} with outputs "
-            f"{keras.tree.map_structure(lambda each: (None, *each.shape[1:]), logits)}."
-        )
-    if labels.dtype.kind not in "iu" or not 0 <= labels.min() <= labels.max() < classes[0]:
-        raise ValueError(
-            f"`labels` must be integers from 0 to {classes[0] - 1}, as the model has {classes[0]} classes. "
-            f"Received: {labels.dtype} labels from {labels.min()} to {labels.max()}."
-        )
-    logits = logits.astype("float64")
-    if metric == "accuracy":
-        return float(np.mean(logits.argmax(-1) == labels))
-    logits -= logits.max(-1, keepdims=True)
-    return float(np.mean(logits[np.arange(len(labels)), labels] - np.log(np.exp(logits).sum(-1))))
+    scores = []
+    for batch, classes in _batches(images, labels, batch_size):
+        logits = model.predict_on_batch(batch if augment is None else augment(batch, training=True))
+        _check_classifier(model, logits, classes)
+        logits = np.asarray(logits, "float64")
+        if metric == "accuracy":
+            scores.append(logits.argmax(-1) == classes)
+        else:
+            logits -= logits.max(-1, keepdims=True)
+            scores.append(logits[np.arange(len(classes)), classes] - np.log(np.exp(logits).sum(-1)))
+    if not scores:
+        raise ValueError("`images` must have at least one image. Received: none.")
+    return float(np.mean(np.concatenate(scores)))
 
 
 # --- helpers ---
@@ -265,6 +248,51 @@ class _Trials:
     def mean(self, magnitude, budget):
         scores = self.of(magnitude, budget)
         return statistics.fmean(scores) if all(map(math.isfinite, scores)) else -math.inf
+
+
+def _batches(images, labels, batch_size):
+    """Yields the images and the labels, int `(batch,)`, of arrays or of a dataset."""
+    if labels is not None:
+        labels = _classes(labels, len(images))
+        for start in range(0, len(images), batch_size):
+            yield images[start : start + batch_size], labels[start : start + batch_size]
+        return
+    steps = range(images.num_batches) if isinstance(images, keras.utils.PyDataset) else None
+    for batch in images if steps is None else map(images.__getitem__, steps):
+        if not isinstance(batch, tuple | list) or len(batch) < 2:
+            raise ValueError(
+                "`images` without `labels` must be a dataset of batches `(images, labels)`. "
+                f"Received: {type(images).__name__} whose batches are of type {type(batch).__name__}."
+            )
+        yield np.asarray(batch[0]), _classes(batch[1], len(batch[0]))
+
+
+def _classes(labels, count):
+    labels = np.asarray(labels)
+    if labels.shape not in ((count,), (count, 1)):
+        one_hot = labels.ndim == 2 and labels.shape[1] > 1
+        raise ValueError(
+            "`labels` must be integers of shape (batch,), one for each image. "
+            f"Received: labels of shape {labels.shape} for {count} images."
+            + " For one-hot labels, use `argmax(-1)`."
+            * one_hot
+        )
+    return labels.reshape(-1)
+
+
+def _check_classifier(model, logits, labels):
+    classes: Any = getattr(logits, "shape", ())[1:]
+    if len(classes) != 1 or classes[0] < 2:
+        raise ValueError(
+            "`model` must have one output, (batch, classes), of two classes or more; of another, compute a score of "
+            f"your own. Received: {model.name!r} with outputs "
+            f"{keras.tree.map_structure(lambda each: (None, *each.shape[1:]), logits)}."
+        )
+    if labels.dtype.kind not in "iu" or not 0 <= labels.min() <= labels.max() < classes[0]:
+        raise ValueError(
+            f"`labels` must be integers from 0 to {classes[0] - 1}, as the model has {classes[0]} classes. "
+            f"Received: {labels.dtype} labels from {labels.min()} to {labels.max()}."
+        )
 
 
 def _rungs(count: int, epochs: int) -> list[tuple[int, int]]:

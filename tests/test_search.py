@@ -317,6 +317,36 @@ def test_labels_in_a_column_score_the_same_and_the_advice_for_one_hot_labels_is_
         kc.validation_score(model, images, labels[1:, None])
 
 
+class Batches(keras.utils.PyDataset):
+    """Two batches; Keras takes what follows them from the first again."""
+
+    def __init__(self, images, labels):
+        super().__init__()
+        self.images, self.labels = images, labels
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, step):
+        return self.images[step % 2 :: 2], self.labels[step % 2 :: 2]
+
+
+@pytest.mark.parametrize("kind", ["tf.data", "PyDataset", "DataLoader"])
+def test_a_dataset_scores_as_its_arrays_do(kind):
+    model = keras.Sequential([keras.Input((4, 4, 1)), keras.layers.Flatten(), keras.layers.Dense(5)])
+    images, labels = np.random.default_rng(0).integers(0, 256, (41, 4, 4, 1), "uint8"), np.arange(41) % 5
+    if kind == "tf.data":
+        dataset = pytest.importorskip("tensorflow").data.Dataset.from_tensor_slices((images, labels[:, None])).batch(16)
+    elif kind == "DataLoader":
+        data = pytest.importorskip("torch").utils.data
+        dataset = data.DataLoader(list(zip(images, labels, strict=True)), batch_size=16)
+    else:
+        dataset = Batches(images, labels)
+    for metric in ("accuracy", "cross_entropy"):
+        expected = kc.validation_score(model, images, labels, metric=metric)
+        assert kc.validation_score(model, dataset, metric=metric) == pytest.approx(expected, rel=1e-6)
+
+
 # --- bad input ---
 
 
@@ -339,6 +369,8 @@ def test_labels_in_a_column_score_the_same_and_the_advice_for_one_hot_labels_is_
         (lambda: search(lambda magnitude: None, [3]), TypeError, "one number"),
         (lambda: kc.validation_score(None, [1], [1], metric="loss"), ValueError, "Received: metric='loss'"),
         (lambda: kc.validation_score(None, np.ones((4, 2)), np.ones((4, 3))), ValueError, "argmax"),
+        (lambda: kc.validation_score(None, np.ones((0, 2)), np.ones(0)), ValueError, "at least one image"),
+        (lambda: kc.validation_score(None, np.ones((4, 2))), ValueError, "dataset of batches.*of type ndarray"),
     ],
 )
 def test_bad_input_gets_an_error_that_says_what_to_do(make, error, message):
