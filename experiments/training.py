@@ -311,7 +311,7 @@ def _fit(run, fitted, callbacks, best_from, stage):
             validation_data=_in_order(data.validation, run.devices),
             validation_batch_size=None if data.in_files else EVALUATE // run.devices * run.devices,
             validation_freq=looks,
-            callbacks=[*callbacks, *([] if data.in_files else [images.follow]), kept],
+            callbacks=[*callbacks, *([] if data.in_files else [images.follower()]), kept],
             verbose=0,
         )
     return kept.result(data, lambda split: accuracy(fitted, split, run.devices))
@@ -364,8 +364,13 @@ class _Epochs(keras.utils.PyDataset):
         self.run, self.stage, self.with_places = run, stage, with_places
         self.images, self.labels = data_of(run).train
         self.begin(0)
-        # Keras' own hooks are called more often than there are epochs.
-        self.follow = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: self.begin(epoch))
+
+    def follower(self):
+        """Returns the callback that begins each epoch; Keras' own hooks are called more often than there are epochs.
+
+        It is not kept here: Keras holds on to a data set after `fit`, and the callback to the model.
+        """
+        return keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: self.begin(epoch))
 
     def begin(self, epoch):
         seed = _epoch_seed(self.run, self.stage, epoch)

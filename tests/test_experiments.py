@@ -1,6 +1,7 @@
 """The experiment scripts: what a run leaves, and what survives a crash."""
 
 import dataclasses
+import gc
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import types
 import warnings
+import weakref
 
 import keras
 import numpy as np
@@ -261,6 +263,10 @@ def test_what_is_compiled_serves_the_next_run_and_changes_nothing(tmp_path):
     assert len(training._COMPILED) == 1
     weights(tmp_path / "a", learning_rate=0.2)
     assert len(training._COMPILED) == 2
+    models = [weakref.ref(model) for model, *_ in training._COMPILED.values()]
+    training._COMPILED.clear()
+    gc.collect()
+    assert [model() for model in models] == [None, None]  # hundreds of megabytes each, for a large network
 
 
 def test_the_best_epoch_is_one_that_was_looked_at_and_the_last_one_always_is(tmp_path, monkeypatch):
