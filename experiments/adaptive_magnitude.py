@@ -197,7 +197,7 @@ def settings(arm, sparsity):
 def plan(study):
     """Returns the runs of all arms, for each seed and ratio."""
     usual = SMOKE if FLAGS.smoke else {"sparsities": SPARSITIES, "magnitudes": MAGNITUDES, "arms": ARMS}
-    arms = flags.arms([arm.partition("=")[0] for arm in ARMS], usual["arms"])
+    arms = flags.arms([kind(arm) for arm in ARMS], usual["arms"], name=lambda arm: arm.partition("=")[0])
     teacher, key = fig7.plan_teacher(study, FLAGS.teacher) if FLAGS.teacher else (None, None)
     if key and (cannot := [arm for arm in arms if arm.startswith(("held", "entropy"))]):
         raise ValueError(f"With --teacher there is no arm {', '.join(cannot)}. Received: --arms={','.join(arms)}.")

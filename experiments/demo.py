@@ -92,4 +92,5 @@ def main(_):
 
 
 if __name__ == "__main__":
+    FLAGS.set_default("dataset", "digits")
     app.run(main)

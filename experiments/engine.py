@@ -15,7 +15,7 @@ from multiprocessing import connection
 import tqdm
 
 from experiments import devices, keeper
-from experiments.runs import append_row, provenance
+from experiments.runs import append_row, cores, provenance
 
 
 def is_workers(text):
@@ -81,7 +81,7 @@ def _row(outcome, run):
     """Carries out a run where this is called, and returns its row."""
     with devices.spread(run.devices):
         where = provenance()  # before: a run of hours may outlast the commit that it began with
-        return run.key | outcome(run) | where | ({"devices": run.devices} if run.devices > 1 else {})
+        return run.key | where | outcome(run) | ({"devices": run.devices} if run.devices > 1 else {})
 
 
 @contextlib.contextmanager
@@ -92,7 +92,7 @@ def _engine(workers, outcome, bar, each):
         engine = _Loop(outcome, bar)
     else:
         gpus = _gpus()
-        many = max(1, (len(gpus) or os.cpu_count()) // each)
+        many = max(1, (len(gpus) or cores()) // each)
         engine = _Pool(outcome, bar, many if workers == "auto" else int(workers), gpus, each)
     try:
         yield engine

@@ -78,17 +78,20 @@ flags.DEFINE_string(
 flags.DEFINE_integer(
     "epochs",
     None,
-    "Epochs of each stage. Default: 200 as in the paper, 10 for digits, 150 for imagenet.",
+    "Epochs of each stage. Default: 200 as in the paper, 10 for digits (60 in the demo), 150 for imagenet.",
     lower_bound=1,
 )
 flags.DEFINE_integer(
     "batch_size",
     None,
-    "Images of one update. Default: 128 as in the paper, 64 for digits, 256 for imagenet.",
+    "Images of one update. Default: 128 as in the paper, 64 for digits (50 in the demo), 256 for imagenet.",
     lower_bound=1,
 )
 flags.DEFINE_float(
-    "learning_rate", None, "Where each stage begins. Default: 0.1 as in the paper, 0.05 for imagenet.", lower_bound=0
+    "learning_rate",
+    None,
+    "Where each stage begins. Default: 0.1 as in the paper, 0.05 for imagenet and in the demo.",
+    lower_bound=0,
 )
 flags.DEFINE_enum(
     "schedule",
@@ -118,7 +121,7 @@ flags.DEFINE_string(
     "results",
     None,
     "File to which every finished run appends one JSON line; runs that are in it already are skipped. "
-    "Default: experiments/results/<figure>_<dataset>.jsonl.",
+    "Default: experiments/results/<figure>_<dataset>.jsonl. To experiments.plot: the rows to draw, without a default.",
 )
 flags.DEFINE_string(
     "checkpoints",
@@ -152,7 +155,7 @@ flags.DEFINE_boolean(
     "Everything tiny, to see that it works: a net of 5 thousand weights, 64 images, 2 epochs, one seed, fewer arms.",
 )
 # Some figures take these.
-flags.DEFINE_list("sparsities", None, "All but Figure 6: pruning ratios, separated by commas. Default: the paper's.")
+flags.DEFINE_list("sparsities", None, "All but Figure 6: pruning ratios, separated by commas. Default: the figure's.")
 flags.register_validator(
     "sparsities",
     lambda ratios: all(re.fullmatch(r"0|0?\.\d+", ratio) for ratio in ratios or []),
@@ -167,10 +170,10 @@ flags.DEFINE_list(
 flags.DEFINE_list(
     "arms",
     None,
-    "Arms, separated by commas. Figure 3: constant, decayed, adaptive; default: the first two. Figures 4 and 7: those "
-    "of their scripts; default: the paper's. The adaptive study, beside the constant magnitudes: trivial, line, "
-    "accuracy=<set-point>, gap=<set-point>, held-accuracy, held-gap, entropy, entropy-image; default: all, with "
-    "set-points of 0.6 and 0.15.",
+    "Arms, separated by commas; a name with a comma in it is in double quotes: 'inherit,\"scratch, weak\"'. Figure 3: "
+    "constant, decayed, adaptive; default: the first two. Figures 4 and 7: those of their scripts; default: the "
+    "paper's. The adaptive study, beside the constant magnitudes: trivial, line, accuracy=<set-point>, "
+    "gap=<set-point>, held-accuracy, held-gap, entropy, entropy-image; default: all, with set-points of 0.6 and 0.15.",
 )
 flags.DEFINE_string(
     "constants",
@@ -184,7 +187,8 @@ flags.DEFINE_float(
 flags.DEFINE_list(
     "decayed",
     None,
-    "Figure 3 and the demo: the magnitudes of the arm that weakens, one for each pruning ratio. Default: the paper's.",
+    "Figure 3 and the demo: the magnitudes of the arm that weakens, one for each pruning ratio. Default: the paper's, "
+    "and 14, 4, 0 in the demo.",
 )
 flags.DEFINE_float(
     "strong",
@@ -202,8 +206,9 @@ flags.DEFINE_list(
 flags.DEFINE_string(
     "teacher",
     None,
-    "Figure 7's teacher: a network's name as for --model, which is trained first, or a .keras file with a classifier "
-    "of the data set's images that gives logits. Default: resnet110, and resnet14 for digits.",
+    "The teacher of Figure 7, and of the adaptive study if it has one: a network's name as for --model, which is "
+    "trained first, or a .keras file with a classifier of the data set's images that gives logits. Default in Figure "
+    "7: resnet110, and resnet14 for digits.",
 )
 flags.DEFINE_integer(
     "teacher_epochs", None, "Epochs for which a teacher is trained. Default: as many as --epochs.", lower_bound=1
@@ -298,11 +303,12 @@ def magnitudes(name, default, count=None):
     return chosen
 
 
-def arms(allowed, default):
-    """Returns the arms of the flag, or the default; where a name ends before `=`, the rest is the figure's."""
+def arms(allowed, default, name=str):
+    """Returns the arms of the flag, or the default; `name(arm)` is what must be allowed."""
     chosen = FLAGS.arms or list(default)
-    if not all(arm in allowed or arm.partition("=")[0] in allowed for arm in chosen):
-        raise ValueError(f"--arms must be among {', '.join(allowed)}. Received: {','.join(chosen)}.")
+    if not all(name(arm) in allowed for arm in chosen):
+        quoted, received = ([f'"{arm}"' if "," in arm else arm for arm in some] for some in (allowed, chosen))
+        raise ValueError(f"--arms must be among {', '.join(quoted)}. Received: {','.join(received)}.")
     return chosen
 
 

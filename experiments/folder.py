@@ -19,6 +19,8 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
+from experiments import runs
+
 ENDINGS = (".jpeg", ".jpg", ".png", ".bmp", ".gif")
 CROP_AREA = 0.08  # Szegedy et al. 2015, and everybody since
 LAYOUT = "DIR must hold train/<class>/ and val/<class>/ with images, as ImageNet is laid out"
@@ -139,7 +141,7 @@ def _damaged(found, folder):
         except tf.errors.OpError as error:
             return error.message.partition("}}")[2].partition("[Op:")[0].strip().partition("\n")[0] or error.message
 
-    with concurrent.futures.ThreadPoolExecutor(_cores()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(runs.cores()) as pool:
         problems = pool.map(problem, paths)
         damaged = {path: what for path, what in zip(paths, problems, strict=True) if what}
     folder.mkdir(parents=True, exist_ok=True)
@@ -173,7 +175,9 @@ class Files:
         """Returns a `tf.data` dataset of (images, *others) for evaluation: the center of each image."""
         tf = _tensorflow()
         dataset = tf.data.Dataset.from_tensor_slices((self._full(self.paths), *others))
-        dataset = dataset.map(lambda path, *others: (_center(path, self.side), *others), num_parallel_calls=_cores())
+        dataset = dataset.map(
+            lambda path, *others: (_center(path, self.side), *others), num_parallel_calls=runs.cores()
+        )
         return dataset.batch(batch_size).prefetch(1).with_options(_options())
 
     def epochs(self, labels, batch_size, seeds, augment=None, crop_area=None):
@@ -200,12 +204,12 @@ class Files:
         dataset = dataset.flat_map(lambda *epoch: tf.data.Dataset.from_tensor_slices(epoch))
         dataset = dataset.map(
             lambda path, label, seed: (_random_crop(path, self.side, seed, crop_area or CROP_AREA), label, seed),
-            num_parallel_calls=_cores(),
+            num_parallel_calls=runs.cores(),
         )
         dataset = dataset.batch(batch_size, drop_remainder=True)
         dataset = dataset.map(
             lambda images, labels, seeds: (_augmented(augment, images, seeds[0]) if augment else images, labels),
-            num_parallel_calls=_cores(),
+            num_parallel_calls=runs.cores(),
         )
         return dataset.prefetch(2).with_options(_options())
 
@@ -282,12 +286,8 @@ def _to_bytes(image, side):
 def _options():
     options = _tensorflow().data.Options()
     options.deterministic = True
-    options.threading.private_threadpool_size = _cores()  # a run computes with one thread, but reads with all
+    options.threading.private_threadpool_size = runs.cores()  # a run computes with one thread, but reads with all
     return options
-
-
-def _cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 @functools.cache

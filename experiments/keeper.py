@@ -33,15 +33,16 @@ class Keeper(keras.callbacks.Callback):
         path = self.run.folder / STATE
         if path.exists():
             history, state, self.best = load_arrays(path, "state", "best")
-            ours = keras.backend.backend()
-            if (theirs := history.get("backend", ours)) != ours:
-                raise ValueError(
-                    f"{self.run} was begun on the backend {theirs}. Received: {ours}. Go on with "
-                    f"KERAS_BACKEND={theirs}, or delete {path}: the run starts again."
-                )
+            check_backend(self.run, path, history)
             self.looks, self.epochs, self.seconds = history["looks"], history["epochs"], history["seconds"]
             self.of_epochs = history.get("of_epochs", self.of_epochs)  # older states lack it
-            assign(self.variables, state)
+            try:
+                assign(self.variables, state)
+            except ValueError as error:
+                raise ValueError(
+                    f"The checkpoint {path} is of another network or optimizer than {self.run} has now, as the code "
+                    "has changed. Delete it: the run starts again."
+                ) from error
             report(self.epochs, str(self.run))
         self.since = self.saved = time.monotonic()
 
@@ -96,6 +97,16 @@ class Keeper(keras.callbacks.Callback):
             "seconds": round(self.seconds, 1),
             "images": {name: len(getattr(data, name)[1]) for name in ("train", "validation", "test")},
         }
+
+
+def check_backend(run, path, kept):
+    """Raises an error if what was kept of a run is of another backend: it would not be the same run."""
+    ours = keras.backend.backend()
+    if (theirs := kept.get("backend", ours)) != ours:
+        raise ValueError(
+            f"{run} was begun on the backend {theirs}. Received: {ours}. Go on with KERAS_BACKEND={theirs}, or delete "
+            f"{path}: the run starts again."
+        )
 
 
 def state_of(fitted):

@@ -19,8 +19,9 @@ from absl import flags as absl_flags
 import kerascompress as kc
 from experiments import claims, flags, regrets, runs
 
-FLAGS = absl_flags.FLAGS
-absl_flags.adopt_module_key_flags(flags)
+FLAGS = flags.FLAGS
+absl_flags.declare_key_flag("results")
+absl_flags.declare_key_flag("out")
 absl_flags.DEFINE_enum(
     "accuracy",
     "test_last",
@@ -80,7 +81,7 @@ def statistics(rows, accuracy):
 
     None and the constant magnitudes come first, by size; the other arms in the rows' order.
     """
-    table = collections.defaultdict(lambda: collections.defaultdict(list))
+    table = collections.defaultdict(lambda: collections.defaultdict(dict))
     keys = {}
     for row in sorted(rows, key=lambda row: claims.constant(row["arm"])):
         cell = row["arm"], row["sparsity"]
@@ -90,11 +91,13 @@ def statistics(rows, accuracy):
                 f"Rows of one arm and ratio, {cell}, differ in {', '.join(CELL)}: {keys[cell]} and {key}. Give each a "
                 "file of its own."
             )
-        table[row["arm"]][row["sparsity"]].append(100 * row[accuracy])
-    return {
-        arm: {p: (np.mean(v), np.std(v, ddof=1) if len(v) > 1 else None, len(v)) for p, v in sorted(cells.items())}
-        for arm, cells in table.items()
-    }
+        table[row["arm"]][row["sparsity"]][row["seed"]] = 100 * row[accuracy]
+
+    def statistic(of_seeds):
+        values = list(of_seeds.values())
+        return np.mean(values), np.std(values, ddof=1) if len(values) > 1 else None, len(values)
+
+    return {arm: {p: statistic(v) for p, v in sorted(cells.items())} for arm, cells in table.items()}
 
 
 def markdown(rows, accuracy):
@@ -257,6 +260,8 @@ def show(figure, rows, out):
 def main(_):
     if FLAGS.all == (FLAGS.results is not None):
         raise app.UsageError("Name the file of rows with --results, or draw them all with --all.")
+    if FLAGS.all and FLAGS.out is not None:
+        raise app.UsageError(f"--all draws each figure beside its rows. Received: --out={FLAGS.out}. Leave it.")
     of_settings = {files[0]: files for _, *files in regrets.SETTINGS}
     for path in sorted(claims.RESULTS.glob("*.jsonl")) if FLAGS.all else [pathlib.Path(FLAGS.results)]:
         rows = runs.read_rows(path)

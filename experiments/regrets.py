@@ -125,19 +125,23 @@ def rows_of(stem, figure_1):
 def developed():
     """Returns the rules in the order in which developing chooses, as a Markdown table; none before all rows are there.
 
-    The regret of each setting and ratio is the median over the seeds: one network that one threshold has cut through
-    would else outweigh all others.
+    A ratio of a setting at which any network is at chance takes no part in the order: that one threshold has cut
+    through it says nothing of its magnitude, and it would outweigh all others. The regret of each other is the median
+    over the seeds.
     """
-    names, *_ = zip(*DEVELOPING, strict=True)
     rows = [rows_of(*files) for _, *files in DEVELOPING]
     if not all(rows):
         return ""
-    means = collections.defaultdict(list)
-    for some in rows:
+    means, heads = collections.defaultdict(list), []
+    for (name, *_), some in zip(DEVELOPING, rows, strict=True):
+        dead = sorted({row["sparsity"] for row in some if claims.at_chance(row)})
+        heads.append(f"median of seeds, {name}" + "".join(f", without p = {p:g}" for p in dead))
         for arm, cells in regrets(some)[1].items():
-            seeds = [list(of_seeds.values()) for of_seeds in cells.values()]  # of each ratio
-            means[arm].append((np.mean(np.median(seeds, axis=1)), np.mean(seeds)))
-    made = [["regret (points)", *(f"median of seeds, {name}" for name in names), "both", "mean of seeds, both"]]
+            counted = [list(of_seeds.values()) for p, of_seeds in cells.items() if p not in dead]
+            every = [list(of_seeds.values()) for of_seeds in cells.values()]
+            means[arm].append((np.mean(np.median(counted, axis=1)), np.mean(every)))
+    means = {arm: of_settings for arm, of_settings in means.items() if len(of_settings) == len(DEVELOPING)}
+    made = [["regret (points)", *heads, "both", "mean of seeds, all ratios, both"]]
     for arm, of_settings in sorted(means.items(), key=lambda item: np.mean(item[1], axis=0)[0]):
         medians = [median for median, _ in of_settings]
         made.append([arm, *(f"{each:.2f}" for each in (*medians, *np.mean(of_settings, axis=0)))])

@@ -127,16 +127,16 @@ def read_rows(path):
 def append_row(path, row, run=None):
     """Appends one line in one write, unless `run` has a row there by now; returns the row that counts.
 
-    A last line that a crash cut short makes room.
+    What follows the last whole line, such as one that a crash cut short, makes room.
     """
     with locked(path) as file:
-        *whole, tail = file.read().split(b"\n")
-        found = find(map(json.loads, whole), run) if run else None
+        lines = file.read().split(b"\n")
+        while lines and not _is_json(lines[-1]):
+            lines.pop()
+        found = find(map(json.loads, lines), run) if run else None
         if found is None:
-            if tail and not _is_json(tail):
-                file.truncate(sum(map(len, whole)) + len(whole))
-                tail = b""
-            file.write((b"\n" if tail else b"") + json.dumps(row).encode() + b"\n")
+            file.truncate(len(b"\n".join(lines)))
+            file.write((b"\n" if lines else b"") + json.dumps(row).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
         return found or row
@@ -168,6 +168,11 @@ def provenance():
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     return {"device": device(), "versions": versions, "commit": commit()}
+
+
+def cores():
+    """Returns how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def on_gpu():

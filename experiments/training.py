@@ -15,7 +15,7 @@ import numpy as np
 import kerascompress as kc
 from experiments import data as datasets
 from experiments import devices, folder, keeper
-from experiments.runs import locked, on_gpu
+from experiments.runs import locked, on_gpu, provenance
 
 logging.getLogger("tensorflow").setLevel("ERROR")  # it warns of every run that traces functions of its own
 
@@ -197,18 +197,19 @@ def trained(run, net, *, schedule=None, moves=None, around=None, stage=0):
         stage: Counts the stages of a run from 0; each has its own order of the images and its own draws.
 
     Returns:
-        The result: accuracies, seconds, and how many images there are.
+        The result: accuracies, seconds, how many images there are, and where they come from.
     """
     done = run.folder / keeper.DONE
     run.folder.mkdir(parents=True, exist_ok=True)
     with locked(run.folder / "lock"):
         if done.exists():
             result, weights = keeper.load_arrays(done, "weights")
+            keeper.check_backend(run, done, result.get("versions", {}))
             net.set_weights(weights)
             return result
         fitted, small, callbacks = _prepare(run, net, schedule, moves, around or classifier, stage)
         try:
-            result = _fit(run, fitted, callbacks, run.epochs // 2 if schedule else 0, stage)
+            result = provenance() | _fit(run, fitted, callbacks, run.epochs // 2 if schedule else 0, stage)
         except BaseException:
             _COMPILED.clear()  # on JAX, an epoch that breaks off leaves variables without values
             raise

@@ -200,15 +200,18 @@ def test_developing_ranks_by_the_median_over_the_seeds_so_that_one_broken_networ
 ):
     monkeypatch.setattr(claims, "RESULTS", tmp_path)
     rows = [row_of(arm, seed, v, v) for arm, v in (("none", 0.5), ("M=4", 0.6)) for seed in range(3)]
-    rows += [row_of("gap=0.15", seed, 0, v) for seed, v in enumerate((0.59, 0.1, 0.59))]
+    rows += [row_of("gap=0.15", seed, 0, v) for seed, v in enumerate((0.59, 0.054, 0.59))]
     rows += [row_of("trivial", seed, 0, 0.57) for seed in range(3)]
+    rows += [row | {"sparsity": 0.97, "test_last": 0.5} for row in rows]
+    rows[-1]["test_last"] = 0.1  # at chance: the ratio takes no part in the order
     for name in ("adaptive_500", "adaptive_2000"):
         assert regrets.developed() == ""
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    *_, constant, rule, trivial, none = regrets.developed().splitlines()
+    head, _, constant, rule, trivial, none = regrets.developed().splitlines()
+    assert "500 images; developed on, without p = 0.97 |" in head
     assert constant.startswith("| M=4 | 0.00 ")
-    assert rule == "| gap=0.15 | 1.00 | 1.00 | 1.00 | 17.33 |"
-    assert trivial == "| trivial | 3.00 | 3.00 | 3.00 | 3.00 |"
+    assert rule == "| gap=0.15 | 1.00 | 1.00 | 1.00 | 9.43 |"
+    assert trivial == "| trivial | 3.00 | 3.00 | 3.00 | 8.17 |"
     assert none.startswith("| none | 10.00 ")
 
 

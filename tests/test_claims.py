@@ -80,6 +80,25 @@ def test_a_ratio_at_which_no_network_has_learned_anything_says_nothing_of_magnit
         assert [verdict.word for verdict in claims.verdicts(claim, dense + dead)] == ["at chance"]
 
 
+@pytest.mark.parametrize(
+    ("of", "guess"), [({}, 0.1), ({"dataset": "cifar100"}, 0.01), ({"content": "20 classes"}, 0.05)]
+)
+def test_an_arm_whose_seeds_are_all_at_chance_decides_nothing(of, guess):
+    others = rows_of("M=14", [0.4, 0.42, 0.41, 0.43, 0.4])
+    dead = [guess] * 5
+    words = [
+        verdicts([row | of for row in [*rows_of("none", accuracies), *others]])[0].word
+        for accuracies in (dead, [*dead[:4], guess - 0.001])
+    ]
+    assert words == ["at chance", "reproduced"]
+
+
+def test_a_part_whose_arm_or_ratio_has_no_row_has_no_verdict_yet():
+    inherit = [row for p in (0.6, 0.97) for row in rows_of("inherit", [0.4] * 5, p)]
+    assert verdicts(inherit, parts=claims.leads("inherit", "baseline-a")) == []
+    assert verdicts(rows_of("none", [0.4] * 5), parts=claims.falls(claims.optimal)) == []
+
+
 def test_two_seeds_decide_nothing():
     claim = claims.Claim("study", "strong helps", "Fig. 0", STRONG_OVER_NONE, looks=(2,))
     (verdict,) = claims.verdicts(claim, rows_of("none", [0.4, 0.4]) + rows_of("M=14", [0.5, 0.5001]))

@@ -240,10 +240,12 @@ def test_one_folder_is_written_by_one_process_at_a_time(tmp_path, monkeypatch):
     run = run_of(tmp_path)
     monkeypatch.setattr(training, "_fit", fit)
     net = one_layer(run)
-    assert training.trained(run, net) == {"test_last": 0.5}
+    assert training.trained(run, net) == runs.provenance() | {"test_last": 0.5}
     monkeypatch.setattr(training, "_fit", None)
     other = one_layer(run, seed=1)
-    assert training.trained(run, other) == {"test_last": 0.5}  # what is done is handed on
+    handed_on = {"test_last": 0.5, "device": "another", "versions": {}}
+    keeper.save_arrays(run.folder / keeper.DONE, handed_on, weights=net.get_weights())
+    assert training.trained(run, other) == handed_on  # what is done is handed on, with where it comes from
     np.testing.assert_array_equal(other.get_weights()[0], net.get_weights()[0])
 
 
@@ -364,13 +366,14 @@ def test_a_run_that_another_process_has_done_leaves_no_second_row(tmp_path):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("tail", ['{"figure": "fig3", "seed', "{", "nul"])
+@pytest.mark.parametrize("tail", ['{"figure": "fig3", "seed', "{", "nul", "nul\n", "\n"])
 def test_last_line_cut_short_is_named_left_out_and_replaced_by_the_next_row(tmp_path, capsys, tail):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"seed": 0}\n' + tail)
     assert runs.read_rows(path) == [{"seed": 0}]
     assert f"{path}: the last line was cut short" in capsys.readouterr().err
-    runs.append_row(path, {"seed": 1})
+    run = run_of(tmp_path)
+    runs.append_row(path, {"seed": 1}, run)
     assert path.read_text() == '{"seed": 0}\n{"seed": 1}\n'
 
 
@@ -412,6 +415,22 @@ def test_a_state_of_another_backend_is_an_error_that_names_both(tmp_path, monkey
         ValueError, match=r"begun on the backend numpy\. Received: (tensorflow|jax|torch)\..*KERAS_BACKEND"
     ):
         kept.load()
+    result = {"versions": {"backend": "numpy"}}
+    keeper.save_arrays(run.folder / keeper.DONE, result, weights=fitted.get_weights())
+    with pytest.raises(ValueError, match=r"begun on the backend numpy.*or delete .*done.npz"):
+        training.trained(run, fitted)
+
+
+@pytest.mark.once
+def test_a_state_of_another_network_is_an_error_that_names_it(tmp_path):
+    run = run_of(tmp_path, "M=9", epochs=2)
+    fitted, other = one_layer(run), keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    for model in (fitted, other):
+        model.compile("sgd")
+    run.folder.mkdir(parents=True)
+    keeper.Keeper(run, other, 0).save()
+    with pytest.raises(ValueError, match=r"state.npz is of another network or optimizer than M=9 .* Delete it"):
+        keeper.Keeper(run, fitted, 0).load()
 
 
 @pytest.mark.once
