@@ -150,7 +150,8 @@ def _positions_inside(layer, node, tensors) -> dict[int, int | None]:
         if part is layer or not inputs or graph.children(part):
             return
         now = _positions(part, inputs[0].shape[1:], outputs[0].shape[1:])
-        parts = outputs[0].shape[0]  # of one image, such as windows
+        parts: Any = outputs[0].shape[0]  # of one image, such as windows
+        parts = parts if isinstance(parts, int) else None  # on JAX, what is free is a symbol
         for kernel in kernels_of(part):
             before = found.get(id(kernel), 0)
             found[id(kernel)] = None if None in (now, parts, before) else before + parts * now
@@ -183,7 +184,7 @@ def _outputs(operation, tensors, node) -> list:
 def _positions(layer, taken, made) -> int | None:
     """How often every weight of a kernel is multiplied for one image."""
     if isinstance(layer, layers.Embedding):
-        return 0
+        return 0 if len(made) > len(taken) else None  # else it is a product, as `ReversibleEmbedding` can be
     if isinstance(layer, layers.Dense):
         sizes = made[:-1]
     elif isinstance(layer, layers.EinsumDense) and "." not in layer.equation:
@@ -195,7 +196,7 @@ def _positions(layer, taken, made) -> int | None:
         sizes = made[1:] if layer.data_format == "channels_first" else made[:-1]
     else:
         return None
-    return None if None in sizes else math.prod(sizes)
+    return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None  # on JAX, symbols are free
 
 
 LOOPS = (layers.RNN, layers.TimeDistributed)  # they call a layer once for many steps, or for each

@@ -172,10 +172,16 @@ def export_litert(
     if path.is_dir():
         raise FileExistsError(f"{path} is a folder. Choose another path.")
     litert.check(quantize, images, latency_runs)
+    quantized = [layer.name for layer in graph.walk(model) if getattr(layer, "quantization_mode", None)]
+    if quantized:
+        raise ValueError(
+            "LiteRT's converter does not take the layers that Keras has quantized. "
+            f"Received: {quantized} in {model.name!r}. Export the float model, with `quantize`."
+        )
     small, batches, expected = _check_and_strip(model, images)
-    _compute_in_float32(small, batches)
     named = dict(zip(_input_names(small), batches, strict=True))
-    with _staged(path, overwrite) as new, _staged(path.with_name(path.name + ".json"), overwrite) as new_report:
+    new_files = [_staged(each, overwrite) for each in (path, path.with_name(path.name + ".json"))]
+    with _in_float32(small, batches), new_files[0] as new, new_files[1] as new_report:
         saved_model = new.with_name("saved_model")
         weights = _write_saved_model(small, batches, saved_model)
         samples = functools.partial(litert.batches, named, _batch_size(small) or 1)
@@ -249,18 +255,24 @@ def _check_and_strip(model, images) -> tuple[keras.Model, list[np.ndarray], dict
     return small, batches, expected
 
 
-def _compute_in_float32(model, batches) -> None:
-    """Changes a copy that computes with half of the bits, which LiteRT's converter takes of no network."""
-    half = [layer for layer in graph.walk(model) if layer.compute_dtype in HALF]
-    for layer in half:
-        layer.dtype_policy = "float32"
+@contextlib.contextmanager
+def _in_float32(model, batches) -> Iterator[None]:
+    """Lets a model compute in float32; LiteRT's converter takes no network that computes with half of the bits."""
+    half = [(layer, layer.dtype_policy) for layer in graph.walk(model) if layer.compute_dtype in HALF]
     try:
-        _ = half and model(_parts(model, batches)[0], training=False)
-    except Exception as error:  # whatever a layer may raise that has weights in half precision
-        raise ValueError(
-            f"A LiteRT file computes in float32, and {model.name!r} does not without being built anew. Build it under "
-            'keras.config.set_dtype_policy("float32"), and give it these weights with `set_weights`.'
-        ) from error
+        for layer, _ in half:
+            layer.dtype_policy = "float32"
+        try:
+            _ = half and model(_parts(model, batches)[0], training=False)
+        except Exception as error:  # whatever a layer may raise that has weights in half precision
+            raise ValueError(
+                f"A LiteRT file computes in float32, and {model.name!r} does not without being built anew. Build it "
+                'under keras.config.set_dtype_policy("float32"), and give it these weights with `set_weights`.'
+            ) from error
+        yield
+    finally:
+        for layer, policy in half:  # a copy shares layers without weights
+            layer.dtype_policy = policy
 
 
 def _shapes(model) -> list[tuple[int | None, ...]]:

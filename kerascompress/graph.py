@@ -327,7 +327,7 @@ def copy(layer: Any, dtype: Any = None) -> Any:
         return _made_anew(layer, [functools.partial(config_of, layer), functools.partial(_arguments, layer)], changes)
     if type(layer).get_config not in (keras.Model.get_config, Functional.get_config):  # those know no arguments
         with contextlib.suppress(CopyError):
-            return _made_anew(layer, [layer.get_config], changes)
+            return _made_anew(layer, [functools.partial(_config_of_model, layer)], changes)
     return rebuild(layer, copy_part, whole=True) if is_graph(layer) else _with_parts_copied(layer, copy_part)
 
 
@@ -343,6 +343,13 @@ def config_of(layer: keras.Layer) -> dict[str, Any]:
         return config
     own = {name: value for name, value in ((name, getattr(layer, name, None)) for name in config) if _is_own(value)}
     return config | own
+
+
+def _config_of_model(model: keras.Model) -> dict[str, Any]:
+    """The config of a model; keras-hub's have a preprocessor, whose vocabulary is in no config: it is shared."""
+    config, preprocessor = model.get_config(), getattr(model, "preprocessor", None)
+    is_shared = "preprocessor" in config and isinstance(preprocessor, keras.Layer) and not preprocessor.variables
+    return {**config, "preprocessor": preprocessor} if is_shared else config
 
 
 def _is_own(value: Any) -> bool:
@@ -381,6 +388,14 @@ def _assign(new: keras.Layer, old: keras.Layer) -> None:
             known = vars(one).get(name)
             if value is not known and _is_function(value) and _is_function(known) and known.__name__ == value.__name__:
                 setattr(one, name, value)  # it may be the user's, where the config means Keras' own of that name
+    parts = list(zip(walk(new), walk(old), strict=False))
+    if all(type(one) is type(other) for one, other in parts):
+        for one, other in parts:  # what is frozen in it, which no config says
+            if one.trainable != other.trainable:
+                one.trainable = other.trainable
+        for variable, other in zip(new.variables, old.variables, strict=True):
+            if variable.trainable != other.trainable:
+                variable.trainable = other.trainable
     for each in walk(new):
         if isinstance(each, keras.Model):
             each.compiled = False

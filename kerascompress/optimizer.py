@@ -33,8 +33,8 @@ class PruningOptimizer(keras.optimizers.Optimizer):
     Step 0 of the schedule is the moment before the first update, step n the moment after n updates, as with
     `UpdatePruningStep`. tfmot counts from 1: its `begin_step=4` is 3 here. If the schedule has an `end_step`, masks are
     recomputed there even if its frequency misses it. A schedule of one update (`ConstantSparsity(p, 0, 0)`) gives
-    permanent masks. On TensorFlow, a model that gets its weights in its first batch is pruned at step 0 after the
-    gradient of that batch: call it once before.
+    permanent masks. What is due at step 0 happens with the first update: on TensorFlow before its gradient, unless the
+    model gets its weights in its first batch (call it once before), on JAX and Torch after it.
 
     Whoever writes other weights into the model writes over the zeros until the next update: so
     `EarlyStopping(restore_best_weights=True)` may give back an epoch from before the pruning: let it
@@ -88,10 +88,12 @@ class PruningOptimizer(keras.optimizers.Optimizer):
         name: str | None = None,
     ):
         inner_optimizer = keras.optimizers.get(inner_optimizer)
-        if isinstance(inner_optimizer, (PruningOptimizer, keras.optimizers.LossScaleOptimizer)):
+        around = (PruningOptimizer, keras.optimizers.LossScaleOptimizer, keras.optimizers.MultiOptimizer)
+        if isinstance(inner_optimizer, around):
             raise ValueError(
-                "`inner_optimizer` must be the optimizer that updates: a loss scale goes around `PruningOptimizer`, "
-                f"and two schedules are one callable. Received: inner_optimizer={inner_optimizer!r}."
+                "`inner_optimizer` must be the optimizer that updates: a loss scale and a `MultiOptimizer` go around "
+                "`PruningOptimizer`, and two schedules are one callable. "
+                f"Received: inner_optimizer={inner_optimizer!r}."
             )
         if pruning_schedule is not None:
             check_schedule(pruning_schedule, "pruning_schedule")
@@ -104,27 +106,21 @@ class PruningOptimizer(keras.optimizers.Optimizer):
         self.use_ema = inner_optimizer.use_ema  # where `keras.callbacks.SwapEMAWeights` looks for it
         self._kernels: list[keras.Variable] = []
         self._is_late = False
+        self._begins_dense = False
         self._masks: list[keras.Variable] = []
         self._thresholds: list[keras.Variable] = []
 
     @no_automatic_dependency_tracking
     def build(self, variables):
-        """Creates masks for the kernels among `variables`, and prunes them if the schedule is due at step 0."""
+        """Creates masks for the kernels among `variables`; on TensorFlow, prunes them if due at step 0."""
         if self.built:
             return
         kernels = [variable for variable in variables if (self.allow or is_kernel)(variable)]
-        if not kernels:
-            raise ValueError(
-                "There is nothing to prune: no trainable variable "
-                + ("passes `allow`" if self.allow else f"of rank 2 or more is named {', '.join(sorted(KERNEL_NAMES))}")
-                + f". Received: {[(variable.path, tuple(variable.shape)) for variable in variables]}. "
-                "Choose kernels yourself: `allow=lambda variable: ...`."
-            )
         for kernel in kernels:
             self.rule.check(kernel, "Leave it out: `allow=lambda variable: ...`.")
         if self.inner_optimizer.built:
             self._check_inner(variables)
-        if self.allow is None:
+        if self.allow is None and kernels:
             _warn_of_dense_weights(variables, kernels)
         self.inner_optimizer.build(variables)
         self.use_ema = False  # the averages are the inner optimizer's
@@ -132,6 +128,8 @@ class PruningOptimizer(keras.optimizers.Optimizer):
         self.use_ema = self.inner_optimizer.use_ema
         self._model_variables_moving_average = getattr(self.inner_optimizer, "_model_variables_moving_average", [])
         self._kernels = kernels
+        if not kernels:  # a file of what was frozen or quantized since loads; training it is an error, in `apply`
+            return
         with _outside_of_graphs():
             self._is_late = not _have_values(kernels)
             if self._is_late:
@@ -148,7 +146,11 @@ class PruningOptimizer(keras.optimizers.Optimizer):
                 layout = getattr(kernel, "_layout", None)  # over devices, a mask is where its kernel is
                 self._masks.append(self._add(f"{name}_mask", mask, "bool", layout))
                 self._thresholds.append(self._add(f"{name}_threshold", threshold, "float32"))
-            if not self._is_late:
+            if keras.backend.backend() != "tensorflow":  # where `evaluate` builds optimizers, too
+                self._begins_dense = any(
+                    (weight != 0)[~mask].any() for weight, mask in zip(weights, masks, strict=True)
+                )
+            elif not self._is_late:
                 self._project(with_averages=False)  # they begin with the first update
 
     def _check_inner(self, variables):
@@ -196,15 +198,28 @@ class PruningOptimizer(keras.optimizers.Optimizer):
             store[str(i)] = as_array(variable)
 
     def load_own_variables(self, store):
-        count = len(store.keys())
+        saved = [tuple(store[str(i)].shape) for i in range(len(store.keys()))]
+        own, twice = ([tuple(each.shape) for each in some] for some in (self._variables, self.variables))
         # A model that was saved before it was trained has no masks to load, and Keras builds them from the weights with
         # which it makes the model, before it loads those.
-        self._is_late |= count not in (len(self._variables), len(self.variables))
-        if count != len(self._variables):
-            super().load_own_variables(store)  # a file that has the inner optimizer's twice, or one without masks
-            return
-        for i, variable in enumerate(self._variables):
-            variable.assign(store[str(i)])
+        self._is_late |= saved not in (own, twice)
+        if saved in (own, twice):  # older files have the inner optimizer's, too
+            for variable, name in zip(self.variables, sorted(store.keys(), key=int), strict=False):
+                variable.assign(store[name])
+        elif not any(saved):  # no masks
+            super().load_own_variables(store)
+        else:
+            warnings.warn(
+                "The masks in this file are of other kernels than those that can be trained now, of layers for example "
+                f"that were frozen or thawed since. They are not loaded, and {self.name!r} begins anew; to keep what "
+                "is zero, compile with a `PruningOptimizer` without a schedule.",
+                stacklevel=2,
+            )
+
+    def set_weights(self, weights):
+        count = len(self._variables)
+        super().set_weights(weights[:count])
+        self.inner_optimizer.set_weights(weights[count:])
 
     @property
     def pruning_vars(self) -> list[tuple[keras.Variable, keras.Variable, keras.Variable]]:
@@ -250,8 +265,17 @@ class PruningOptimizer(keras.optimizers.Optimizer):
         if not self.built and trainable_variables is not None:
             trainable_variables = list(trainable_variables)
             self.build(trainable_variables)
+        if not self._kernels:
+            raise ValueError(
+                "There is nothing to prune: no trainable variable "
+                + ("passes `allow`" if self.allow else f"of rank 2 or more is named {', '.join(sorted(KERNEL_NAMES))}")
+                + f". Received: {[(each.path, tuple(each.shape)) for each in self._trainable_variables]}. "
+                "Choose kernels yourself: `allow=lambda variable: ...`."
+            )
         if self._is_late:
             _on_all_replicas(self._catch_up)
+        elif self._begins_dense:
+            self._project(with_averages=False)
         self.inner_optimizer.apply(grads, trainable_variables)
         _on_all_replicas(self._follow_schedule)
 

@@ -82,6 +82,11 @@ def prune_low_magnitude(
         "sparsity_m_by_n": sparsity_m_by_n,
         "scope": scope,
     }
+    if pruning_policy is not None and not isinstance(to_prune, keras.Model):
+        raise TypeError(
+            "`pruning_policy` chooses among the layers of a model. "
+            f"Received: {type(to_prune).__name__}. Choose the layers yourself, and leave `pruning_policy`."
+        )
     if isinstance(to_prune, PruneLowMagnitude):
         _warn_of_wrapper(to_prune, stacklevel=3)
         return to_prune
@@ -128,7 +133,7 @@ def prune_now(
         sparsity: Fraction of zeros over the prunable kernels, in [0, 1).
         scope: `"layer"` gives every kernel this sparsity; `"global"` compares the magnitudes of all kernels.
         block_size, block_pooling_type: See `PruneLowMagnitude`.
-        allow: `variable -> bool` says which variables are pruned, as for `PruningOptimizer`: all but the classifier,
+        allow: `variable -> bool` says which weights are pruned, as for `PruningOptimizer`: all but the classifier,
             `lambda variable: variable.name == "kernel" and "head" not in variable.path`. By default all kernels.
 
     Returns:
@@ -166,7 +171,8 @@ def prune_now(
     for layer in graph.walk(model):
         check_plain(layer)
     small = graph.copy(model)
-    kernels = [each for each in small.variables if allow(each)] if allow else kernels_of(small)
+    trained = {id(each) for layer in graph.walk(small) for each in layer._trainable_variables}  # frozen ones as well
+    kernels = [each for each in small.variables if id(each) in trained and allow(each)] if allow else kernels_of(small)
     if not kernels:
         raise ValueError(f"No variable of {model.name!r} passes `allow`.") if allow else _no_kernels(model)
     for kernel in kernels:
@@ -279,7 +285,7 @@ def share_of_zeros(kernels: list[np.ndarray]) -> float:
 def check_countable(model: keras.Layer) -> None:
     """Raises a ValueError where the zeros of a kernel are not those of its variable."""
     for layer in graph.walk(model):
-        check_plain(layer, modes=(None, "int8", "float8"))
+        check_plain(layer, modes=(None, "int8"))
 
 
 def _no_kernels(model) -> ValueError:

@@ -89,6 +89,15 @@ def test_a_shared_layer_multiplies_in_every_call_and_a_free_size_is_not_known():
     assert kc.summary(models.resnet(8, 10, input_shape=(None, None, 3))).macs is None
 
 
+def test_a_free_size_is_not_known_inside_of_attention_and_an_embedding_that_is_multiplied_with_is_not_free_of_charge():
+    words = keras.Input((None, 8))
+    model = keras.Model(words, layers.Dense(2)(layers.MultiHeadAttention(2, 4)(words, words)))
+    assert kc.summary(model).macs is None
+    tokens, embedding = keras.Input((5,), dtype="int32"), layers.ReversibleEmbedding(100, 4)
+    assert kc.summary(keras.Model(tokens, embedding(tokens))).macs == 0
+    assert kc.summary(keras.Model(tokens, embedding(embedding(tokens), reverse=True))).macs is None
+
+
 def test_a_call_of_unknown_size_makes_the_multiplications_of_a_layer_unknown():
     free, fixed = keras.Input((None, None, 3)), keras.Input((8, 8, 3))
     convolution = layers.Conv2D(4, 3, padding="same")

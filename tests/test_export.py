@@ -522,10 +522,20 @@ def test_a_litert_file_of_reduced_precision_is_one_of_float32(tmp_path, policy):
     keras.config.set_dtype_policy(policy)
     inputs = keras.Input((6, 3))
     x = keras.layers.Bidirectional(keras.layers.GRU(4, unroll=True))(keras.layers.Dense(3, activation="relu")(inputs))
-    model = keras.Model(inputs, keras.layers.Dense(2)(keras.layers.BatchNormalization()(x)))
+    x = keras.layers.Lambda(lambda x: x * 0.5)(keras.layers.BatchNormalization()(x))  # copies share it
+    model = keras.Model(inputs, keras.layers.Dense(2)(x))
     report = export_litert(model, tmp_path / "net.tflite", images=images(4, 6, 3) / 256)
     assert report.max_error < 5e-2
     assert {layer.compute_dtype for layer in model._flatten_layers()} == {policy.removeprefix("mixed_")}
+
+
+@pytest.mark.once
+@pytest.mark.filterwarnings("ignore:Layer InputLayer does not have a `quantize` method")
+def test_what_keras_has_quantized_is_no_litert_file(tmp_path):
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4, name="head")])
+    model.quantize("int8")
+    with pytest.raises(ValueError, match=r"has quantized. Received: \['head'\].*Export the float model"):
+        export_litert(model, tmp_path / "net.tflite", images=np.ones((2, 8), "float32"))
 
 
 @pytest.mark.once

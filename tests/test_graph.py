@@ -464,3 +464,16 @@ def test_a_copy_keeps_an_adapted_vocabulary():
     model = keras.Model(inputs, layers.Dense(2)(layers.Flatten()(layers.Embedding(20, 8)(words(inputs)))))
     text = tf.constant(["a b", "d"])
     np.testing.assert_array_equal(graph.copy(model)(text), model(text))
+
+
+@pytest.mark.parametrize("copied", ["prune_now", "strip_pruning", "prune_low_magnitude", "prune_now of a subclassed"])
+def test_what_is_frozen_inside_of_a_layer_stays_frozen_in_a_copy(copied):
+    model = WithConfig(4) if "subclassed" in copied else keras.Sequential([Block(4), layers.Dense(4)])
+    outputs(model, np.ones((2, 6), "float32"))
+    next(each for each in graph.walk(model) if isinstance(each, Block)).first.trainable = False
+    copy = {
+        "strip_pruning": kc.strip_pruning,
+        "prune_low_magnitude": kc.prune_low_magnitude,
+    }.get(copied, lambda model: kc.prune_now(model, 0.5))(model)
+    assert type(copy) is type(model)
+    assert len(copy.trainable_variables) == len(model.trainable_variables) < len(model.variables)

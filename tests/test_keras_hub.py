@@ -142,3 +142,17 @@ def test_a_network_teaches_its_copy(model):
     history = distiller.fit(images(), np.arange(2), verbose=0).history
     assert np.isfinite(history["loss"] + history["distillation_loss"]).all()
     assert any(not np.array_equal(*pair) for pair in zip(student.get_weights(), model.get_weights(), strict=True))
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_copy_of_a_text_classifier_keeps_its_vocabulary(used):
+    pytest.importorskip("tensorflow_text")
+    vocabulary = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "the", "quick", "brown", "fox"]
+    preprocessor = hub.BertTextClassifierPreprocessor(hub.BertTokenizer(vocabulary), sequence_length=8)
+    sizes = {"num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 16, "max_sequence_length": 8}
+    model = hub.BertTextClassifier(hub.BertBackbone(len(vocabulary), **sizes), 2, preprocessor=preprocessor)
+    if used:
+        model.predict(["the fox"], verbose=0)  # which makes parts of the preprocessor
+    copy = kc.prune_now(model, 0.0)
+    assert type(copy) is type(model)
+    np.testing.assert_array_equal(copy.predict(["a quick fox"], verbose=0), model.predict(["a quick fox"], verbose=0))

@@ -744,6 +744,8 @@ def test_a_pruning_policy_chooses_the_layers():
     assert [wrapper.name for wrapper in wrappers_in(pruned)] == ["prune_low_magnitude_head"]
     with pytest.raises(ValueError, match="too small"):
         kc.prune_low_magnitude(keras.Sequential([keras.Input((2,)), layers.Dense(2)]), pruning_policy=OnlyDense())
+    with pytest.raises(TypeError, match=r"among the layers of a model\. Received: list"):
+        kc.prune_low_magnitude([layers.Dense(2)], pruning_policy=OnlyDense())
 
 
 def test_layers_and_lists_of_layers_are_wrapped():
