@@ -272,6 +272,11 @@ class Study:
             training.check(run)
         engine.carry_out(todo, outcome, workers=FLAGS.workers, results=self.results)
         rows = read_rows(self.results)
+        if len(rows) > len(runs):
+            print(
+                f"{self.results} has {len(rows) - len(runs)} other row(s), which this figure leaves out: python -m "
+                f"experiments.plot --results={self.results} draws all."
+            )
         return [find(rows, run) for run in runs]
 
     def export(self, network):

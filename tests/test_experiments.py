@@ -434,13 +434,17 @@ def test_a_state_of_another_network_is_an_error_that_names_it(tmp_path):
 
 
 @pytest.mark.once
-def test_a_seed_that_is_named_twice_counts_once(tmp_path):
+def test_a_seed_that_is_named_twice_counts_once_and_rows_that_a_figure_leaves_out_are_told(tmp_path, capsys):
     with flagsaver.flagsaver():
         absl_flags.FLAGS(["test", "--dataset=digits", f"--results={tmp_path}/rows.jsonl", "--seeds=0,0"])
         study = fig3.flags.Study("fig3", takes=("sparsities",), carrier="wrapper")
         planned = [study.run(arm="none", sparsity=0.0, magnitude=None, seed=seed) for seed in study.seeds]
         runs.append_row(tmp_path / "rows.jsonl", planned[0].key | {"test_last": 0.5})
         assert len(study.carry_out(planned, raises_dies_or_returns)) == 1
+        assert capsys.readouterr().out == ""
+        runs.append_row(tmp_path / "rows.jsonl", planned[0].key | {"seed": 7, "test_last": 0.5})
+        assert len(study.carry_out(planned, raises_dies_or_returns)) == 1
+        assert "rows.jsonl has 1 other row(s), which this figure leaves out" in capsys.readouterr().out
 
 
 @pytest.mark.once
