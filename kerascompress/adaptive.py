@@ -117,10 +117,18 @@ class AdaptiveMagnitude(keras.callbacks.Callback):
                 _check_classifies(model)
                 graph.add_metric(model, _Accuracy())  # now, as the step is about to be compiled
 
+    _trains = False
+
     def on_train_begin(self, logs=None):
+        self._trains = True
         check_in_model(self.augment, self.model)
 
+    def on_test_end(self, logs=None):
+        if not self._trains:  # it has been passed to `evaluate`
+            self.on_train_end()
+
     def on_train_end(self, logs=None):
+        self._trains = False
         if isinstance(self.signal, str):
             _ = self.model  # on JAX: brings the state back, which has that of the metric
             graph.remove_metric(self.model)

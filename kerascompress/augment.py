@@ -100,7 +100,7 @@ class _Augmentation(keras.layers.Layer):
             )
         self.value_range = (value_range[0], value_range[1])
         self.fill_value = tuple(fill.tolist()) if fill.shape else fill_value
-        self.seed = seed
+        self.seed = seed = int(seed) if isinstance(seed, np.integer) else seed
         bits = {"torch": 31, "jax": 32}.get(keras.backend.backend())  # of a seed; Keras fails on others
         self.seed_generator = keras.random.SeedGenerator(seed % 2**bits if bits and isinstance(seed, int) else seed)
 
@@ -111,6 +111,11 @@ class _Augmentation(keras.layers.Layer):
                 f"Inside of `tf.data`, {type(self).__name__} works on the TensorFlow backend only. "
                 f"Received: {images} on the {keras.backend.backend()} backend. "
                 "Put the layer into the model, in front of the network: `keras.Sequential([augment, network])`."
+            )
+        if symbolic and getattr(images, "shape", None) is not None and images.shape.rank is None:
+            raise ValueError(
+                f"{type(self).__name__} needs images whose number of axes is known. Received: {images}. Decode them "
+                "with `tf.io.decode_jpeg(..., channels=3)` or `tf.io.decode_image(..., expand_animations=False)`."
             )
         return super().__call__(images, *args, **kwargs)
 

@@ -180,7 +180,8 @@ def _last_ones(followed: Followed, roots, scores) -> np.ndarray:
     arrays = {np.unique(roots[labels]).tobytes() for labels in followed.seen}
     arrays |= {np.unique(roots[x]).tobytes() for _, cut in followed.cuts.values() for x in (cut.out, *_axes(cut))}
     each = [np.frombuffer(array, roots.dtype) for array in arrays]
-    return np.unique([labels[np.argmax(scores[labels])] for labels in each if FIXED not in labels])
+    most = [labels[np.argmax(scores[labels])] for labels in each if FIXED not in labels]
+    return np.unique(np.array(most, roots.dtype))
 
 
 def _axes(cut):

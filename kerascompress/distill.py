@@ -187,7 +187,8 @@ class Distiller(keras.Model):
         super().compile(optimizer, loss=loss, **kwargs)
 
     def make_train_function(self, force=False):
-        self._update_teacher()
+        if force or self.train_function is None:
+            self._update_teacher()
         self._separate_buffers()
         return super().make_train_function(force)
 
@@ -211,29 +212,44 @@ class Distiller(keras.Model):
         """As of `keras.Model`."""
         self._check_teacher()
         self._update_teacher()
-        if keras.backend.backend() != "jax":
+        with self._keeping_teacher():
             return super().fit(*args, **kwargs)
-        # The train loop gives the buffers of its variables away, and after an error nobody puts them back. So it gets
-        # copies of the teacher's.
-        kept = [(variable, variable.value) for variable in self._held.runs.variables]
-        for variable, value in kept:
-            variable.assign(kops.copy(value))
-        try:
-            return super().fit(*args, **kwargs)
-        except BaseException:
-            for variable, value in kept:
-                variable.assign(value)
-            raise
 
     _evaluates = False
+    _keeps = False
 
     def evaluate(self, *args, **kwargs):
         """As of `keras.Model`: the student alone."""
         self._evaluates = True
         try:
-            return super().evaluate(*args, **kwargs)
+            with self._keeping_teacher():
+                return super().evaluate(*args, **kwargs)
         finally:
             self._evaluates = False
+
+    def predict(self, *args, **kwargs):
+        """As of `keras.Model`: the student alone."""
+        with self._keeping_teacher():
+            return super().predict(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _keeping_teacher(self):
+        """Lets JAX have copies of the teacher's buffers: it gives them away, and after an error none comes back."""
+        if keras.backend.backend() != "jax" or self._held.runs is None or self._keeps:
+            yield
+            return
+        kept = [(variable, variable.value) for variable in self._held.runs.variables]
+        for variable, value in kept:
+            variable.assign(kops.copy(value))
+        self._keeps = True
+        try:
+            yield
+        except BaseException:
+            for variable, value in kept:
+                variable.assign(value)
+            raise
+        finally:
+            self._keeps = False
 
     def get_metrics_result(self):
         logs = super().get_metrics_result()  # of all replicas, if the names are those that the last batch has returned
@@ -256,8 +272,8 @@ class Distiller(keras.Model):
         Returns:
             A dictionary: `images` `(num_candidates, batch, ...)`; `teacher_logits` `(num_candidates, batch, classes)`;
             `teacher_loss` and `divergence`, of Equation 6, `(num_candidates, batch)`; `chosen`, int32 `(batch,)`; and
-            `magnitude` `(num_candidates, batch)` if `augment` is, or holds, a `RandAugment`. Where the divergence
-            cannot change the choice, the student does not run and it is 0.
+            `magnitude` `(num_candidates, batch)` if `augment` is a `RandAugment`, or a `keras.Sequential` with one.
+            Where the divergence cannot change the choice, the student does not run and it is 0.
         """
         self._update_teacher()
         return self._draw(kops.convert_to_tensor(images), kops.convert_to_tensor(labels))
@@ -286,7 +302,7 @@ class Distiller(keras.Model):
                     candidates = layer(candidates, training=True)
 
         def by_candidate(values):
-            return kops.reshape(values, (n, -1, *values.shape[1:]))
+            return kops.reshape(values, (n, -1, *kops.shape(values)[1:]))
 
         def logits(model):
             with _no_gradient():
@@ -325,7 +341,7 @@ class Distiller(keras.Model):
         place = chosen * kops.shape(chosen)[0] + kops.arange(kops.shape(chosen)[0], dtype="int32")
 
         def pick(values):
-            return kops.take(kops.reshape(values, (-1, *values.shape[2:])), place, axis=0)
+            return kops.take(kops.reshape(values, (-1, *kops.shape(values)[2:])), place, axis=0)
 
         picked = {name: pick(views[name]) for name in ("images", "teacher_logits", "magnitude") if name in views}
         return {**picked, "chosen": chosen}
@@ -369,8 +385,11 @@ class Distiller(keras.Model):
         super().load_own_variables({name: store[name] for name in store.keys() if name not in saved})  # noqa: SIM118
 
     def _augmentations(self):
-        plain = type(self.augment) is keras.Sequential  # a subclass may do more than its layers
-        return self.augment.layers if plain else [self.augment]  # type: ignore[attr-defined]
+        def parts(layer):
+            plain = type(layer) is keras.Sequential  # a subclass may do more than its layers
+            return [part for each in layer.layers for part in parts(each)] if plain else [layer]
+
+        return parts(self.augment)
 
     def get_config(self) -> dict[str, Any]:
         names = (

@@ -266,13 +266,16 @@ def _pixels_branch(row):
     return lambda images, argument, tables, matrices: _pixels(row, images, argument)
 
 
+ZERO = np.int32(0)  # JAX wants all indices of one type, and has others under `jax_enable_x64`
+
+
 def _put_tables(tables, made, start, index):
-    return kops.slice_update(tables, (start, 0, 0), made)
+    return kops.slice_update(tables, (kops.cast(start, "int32"), ZERO, ZERO), made)
 
 
 def _put_images(images, made, start, index):
     for k in range(_CHUNK):
-        images = kops.slice_update(images, (index[k], 0, 0, 0), made[k : k + 1])
+        images = kops.slice_update(images, (kops.cast(index[k], "int32"), ZERO, ZERO, ZERO), made[k : k + 1])
     return images
 
 

@@ -48,7 +48,7 @@ class MagnitudeSearch:
         if self.epochs_spent is not None:
             lines[0] += f"; {self.epochs_spent} epochs, an exhaustive search takes {self.epochs_exhaustive}"
         for magnitude, scores in self.scores.items():
-            deviation = f" ± {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
+            deviation = f" ± {np.std(scores, ddof=1):.4f}" if len(scores) > 1 else ""
             lines.append(f"M = {magnitude!s:>4}: {statistics.fmean(scores):.4f}{deviation} ({len(scores)})")
         return "\n".join(lines)
 

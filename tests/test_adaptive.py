@@ -160,6 +160,13 @@ def test_a_model_without_an_accuracy_gets_one(labels, metrics):
     assert not [metric for metric in model.metrics if metric.name == "accuracy"]  # it is gone with the training
 
 
+def test_a_look_at_a_model_with_the_callback_leaves_no_metric_in_it():
+    augment = kc.RandAugment(4, seed=0)
+    model = trainer(augment, metrics=[])
+    model.evaluate(*data(), verbose=0, callbacks=[kc.AdaptiveMagnitude(augment)])
+    assert isinstance(model.evaluate(*data(), verbose=0), float)  # the loss alone
+
+
 def test_what_an_interrupted_training_has_left_is_gone_with_the_next():
     class Interrupt(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):

@@ -527,6 +527,26 @@ def test_an_exported_saved_model_has_no_augmentation_in_it(tmp_path):
 # --- errors ---
 
 
+def images_of_any_rank():
+    import tensorflow as tf
+
+    return tf.data.Dataset.from_tensors(b"").map(tf.io.decode_image)
+
+
+@pytest.mark.once("jax")
+def test_numpys_seed_is_one_and_64_bits_of_jax_change_nothing():
+    images = batch_of(12)
+    expected = augmented(RandAugment(9, seed=3), images)
+    np.testing.assert_array_equal(augmented(RandAugment(9, seed=np.int64(3)), images), expected)
+    with jax_of_64_bits():
+        np.testing.assert_array_equal(augmented(RandAugment(9, seed=3), images), expected)
+
+
+def jax_of_64_bits():
+    jax = pytest.importorskip("jax")
+    return jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64()
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -543,6 +563,11 @@ def test_an_exported_saved_model_has_no_augmentation_in_it(tmp_path):
         (lambda: RandAugment(fill_value=256), r"Received: fill_value=256"),
         (lambda: RandAugment(fill_value=(0, 256, 0)), r"for each channel. Received: fill_value=\(0, 256, 0\)"),
         (lambda: RandAugment(fill_value=(1, 2)), r"Received: fill_value=\(1, 2\)"),
+        pytest.param(
+            lambda: images_of_any_rank().map(RandAugment()),
+            r"number of axes is known.*expand_animations=False",
+            marks=pytest.mark.tensorflow_only,
+        ),
         (
             lambda: RandomCrop(fill_value=(1, 2, 3))(np.zeros((1, 8, 8, 1), "uint8"), training=True),
             r"each of the 1 channels.*Received: fill_value=\(1.0, 2.0, 3.0\)",

@@ -635,3 +635,13 @@ def test_step_by_step_magnitude_follows_the_fraction_of_the_parameters_that_is_g
     assert gone == [0, 1 - 130 / 386, 1 - 50 / 386]
     assert [units for units, _ in trained] == [16, 8, 8, 4]
     assert [each for _, each in trained] == pytest.approx([14, 5.7358, 5.7358, 4], abs=1e-4)
+
+
+@pytest.mark.once("jax")
+def test_where_every_tensor_has_a_channel_that_must_stay_those_that_nobody_reads_go():
+    inputs = keras.Input((4, 4, 3))
+    model = keras.Model(inputs, layers.Conv2D(4, 1)(inputs)[..., :2])
+    small = kc.prune_channels(model, 0.5)
+    assert small.layers[1].kernel.shape == (1, 1, 3, 3)
+    images = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype("float32")
+    np.testing.assert_allclose(small.predict(images, verbose=0), model.predict(images, verbose=0), rtol=1e-5)

@@ -510,6 +510,42 @@ def test_a_failed_fit_leaves_the_teacher_as_it_was():
     teacher.predict(data()[0], verbose=0)
 
 
+@pytest.mark.parametrize("look", ["evaluate", "predict"])
+def test_a_failed_look_at_the_student_leaves_the_teacher_as_it_was(look):
+    teacher = classifier(6, seed=9)
+    before = arrays(teacher.variables)
+    model = distiller(teacher=teacher)
+    images, labels = data()
+    model.fit(images, labels, verbose=0)
+    wrong = np.concatenate([images, images], axis=-1)
+    with pytest.raises(Exception):  # noqa: B017 (whatever a layer raises)
+        model.evaluate(wrong, labels, verbose=0) if look == "evaluate" else model.predict(wrong, verbose=0)
+    assert_same(arrays(teacher.variables), before)
+    teacher.predict(images, verbose=0)
+
+
+@pytest.mark.tensorflow_only
+def test_images_of_a_size_that_no_step_knows_are_distilled():
+    import tensorflow as tf
+
+    def net():
+        return keras.Sequential(
+            [keras.Input((None, None, 3)), keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(4)]
+        )
+
+    images, labels = np.random.default_rng(0).integers(0, 256, (10, 12, 12, 3)).astype("float32"), np.arange(10) % 4
+    dataset = tf.data.Dataset.from_generator(
+        lambda: ((images[i, : 8 + i % 4], labels[i]) for i in range(10)),
+        output_signature=(tf.TensorSpec((None, None, 3)), tf.TensorSpec((), tf.int64)),
+    )
+    model = kc.Distiller(net(), net(), augment=keras.Sequential([keras.Sequential([kc.RandAugment((0, 30))])]))
+    model.compile("sgd")
+    batches = dataset.padded_batch(4).apply(tf.data.experimental.assert_cardinality(3))
+    logs = model.fit(batches, shuffle=False, verbose=0).history
+    assert np.isfinite(logs["loss"]).all()
+    assert 0 < logs["chosen_magnitude"][0] < 30  # of a RandAugment two levels down
+
+
 @pytest.mark.once("jax")
 def test_the_student_may_begin_with_the_weights_of_the_teacher():
     student, teacher = classifier(seed=1), classifier(seed=2)

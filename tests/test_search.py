@@ -89,7 +89,9 @@ def test_a_training_that_diverged_loses_with_a_warning():
 def test_one_seed_that_diverged_loses_for_its_magnitude():
     scores = {None: (0.1, 0.1), 4: (0.2, 0.2), 8: (0.9, math.nan)}
     with pytest.warns(UserWarning, match="magnitude 8 diverged"):
-        assert search(lambda magnitude, seed: scores[magnitude][seed], [4, 8], seeds=[0, 1]).optimal == 4
+        result = search(lambda magnitude, seed: scores[magnitude][seed], [4, 8], seeds=[0, 1])
+    assert result.optimal == 4
+    assert "M =    8: nan ± nan (2)" in str(result)
 
 
 # --- the cheaper search ---
