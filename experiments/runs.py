@@ -129,17 +129,22 @@ def append_row(path, row, run=None):
 
     What follows the last whole line, such as one that a crash cut short, makes room.
     """
-    with locked(path) as file:
-        lines = file.read().split(b"\n")
-        while lines and not _is_json(lines[-1]):
-            lines.pop()
-        found = find(map(json.loads, lines), run) if run else None
-        if found is None:
-            file.truncate(len(b"\n".join(lines)))
-            file.write((b"\n" if lines else b"") + json.dumps(row).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        return found or row
+    try:
+        with locked(path) as file:
+            lines = file.read().split(b"\n")
+            while lines and not _is_json(lines[-1]):
+                lines.pop()
+            found = find(map(json.loads, lines), run) if run else None
+            if found is None:
+                file.truncate(len(b"\n".join(lines)))
+                file.write((b"\n" if lines else b"") + json.dumps(row).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            return found or row
+    except OSError as error:
+        error.filename = str(path)  # which an error in writing does not name
+        error.add_note("The row could not be appended. Nothing else is lost: mend that and run the same command again.")
+        raise
 
 
 def _is_json(text):

@@ -385,6 +385,25 @@ def test_whole_last_line_without_its_newline_is_kept(tmp_path):
     assert path.read_text() == '{"seed": 0}\n{"seed": 1}\n'
 
 
+FULL = """
+import resource, sys
+from experiments.runs import append_row
+resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))
+append_row(sys.argv[1], {"seed": 1})
+"""
+
+
+@pytest.mark.once
+def test_row_that_does_not_reach_the_disk_is_an_error_that_names_the_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    runs.append_row(path, {"seed": 0})
+    failed = subprocess.run([sys.executable, "-c", FULL, path], cwd=ROOT, capture_output=True, text=True)
+    assert f"File too large: '{path}'\nThe row could not be appended" in failed.stderr
+    assert path.stat().st_size == 20  # eight bytes of the row
+    runs.append_row(path, {"seed": 1})
+    assert path.read_text() == '{"seed": 0}\n{"seed": 1}\n'
+
+
 @pytest.mark.once
 def test_damaged_line_in_the_middle_is_an_error_that_names_it(tmp_path):
     path = tmp_path / "rows.jsonl"
