@@ -68,5 +68,5 @@ format: install  ## format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean:  ## remove what the targets above made
-	rm -rf .venv .venv-torch demo evidence build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+clean:  ## remove what the targets above made, but for benchmarks' tables
+	rm -rf .venv .venv-torch demo saved_models/demo_* evidence build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -51,17 +51,18 @@ class AdaptiveMagnitude(keras.callbacks.Callback):
             new network.
         signal: `"gap"`; or `"accuracy"`, on the augmented training images; or a function of the epoch's logs, such as
             `lambda logs: logs["accuracy"] - logs["val_accuracy"]`, that rises with what the network could still take.
-        target: The set-point. Default: 0.15 for the gap. It is provisional, from a pilot of few seeds in which networks
-            of 10 and of 100 classes, dense and pruned, were then about as accurate as at their best constant magnitude;
-            the study that decides is not complete (experiments/README.md). An accuracy has no default, as its set-point
-            depends on the number of classes.
+        target: The set-point, in (-1, 1) unless `signal` is a function. Default: 0.15 for the gap. It is provisional,
+            from a pilot of few seeds in which networks of 10 and of 100 classes, dense and pruned, were then about as
+            accurate as at their best constant magnitude; the study that decides is not complete
+            (experiments/README.md). An accuracy has no default, as its set-point depends on the number of classes.
         speed: How far M moves at a time, in [0.001, 30]. The default goes from 0 to 15 in 30 epochs.
         frequency: Epochs from one move to the next: `validation_freq` of `fit`.
 
     Raises:
         TypeError: If `augment` has no variable `magnitude`, or `signal` is neither a name nor callable.
         ValueError: If an argument is out of range, the magnitude of `augment` is a `(low, high)` pair, training begins
-            with a model that does not contain `augment`, but another augmentation, or an epoch has no signal.
+            with a model that does not contain `augment`, but another augmentation, or that has several accuracies, or
+            none and a loss that is not of classes, or an epoch has no signal.
 
     Example:
         >>> import keras, kerascompress as kc

@@ -31,6 +31,9 @@ class Op:
 
     Images come with whole values 0..255; results are clipped to 0..255 and their fractions cut off.
 
+    Raises:
+        ValueError: If more than one function is given, or what is given is not callable.
+
     Example:
         >>> from keras import ops
         >>> invert = Op(
@@ -184,8 +187,11 @@ class RandAugment(_Augmentation):
             JAX, read `self.model` first, which brings the state back). In `tf.data`, it acts on the images that have
             not been prefetched yet. Assigned below 0, it is off: every operation is the identity, while at 0
             AutoContrast, Equalize and Solarize still change images.
-        num_ops: How many operations an image draws.
-        ops: Names of `OPS`, or `Op` rows of your own; all of `OPS` by default.
+        num_ops: How many operations an image draws, at least 1.
+        ops: Names of `OPS`, or `Op` rows of your own; all of `OPS` by default. With their argument at M = 30: Identity,
+            ShearX and ShearY (slope 0.3), TranslateX and TranslateY (150/331 of the side), Rotate (30 degrees);
+            Brightness, Color, Contrast and Sharpness (90 % more or less); Posterize (4 bits dropped), Solarize (from 0
+            on, at M = 0 from 255); AutoContrast and Equalize, which have none.
         value_range: The values of black and white in the images: `(0, 255)`, `(0, 1)`, `(-1, 1)`. Float images are
             rounded to the 256 levels in between. Images that are obviously on another scale are refused; in a step
             compiled by XLA (`fit` on JAX, or on a GPU), they become NaN instead, and so does the loss.
@@ -325,7 +331,7 @@ class RandomCrop(_Augmentation):
     horizontal flip beside it, use `keras.layers.RandomFlip("horizontal")`.
 
     Args:
-        padding: Pixels on each side.
+        padding: Pixels on each side, at least 0.
         value_range: As for `RandAugment`: images on another scale are refused, or become NaN.
         fill_value: What the padding shows, from 0 (black, as torchvision) to 255 (white), whatever `value_range` is: a
             number, or one for each channel; mid-grey by default.
@@ -340,6 +346,7 @@ class RandomCrop(_Augmentation):
 
     Raises:
         ValueError: If an argument is out of range, or the images have a wrong shape or scale.
+        RuntimeError: If called inside of `tf.data` on another backend than TensorFlow.
 
     Example:
         >>> import keras

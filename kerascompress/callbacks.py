@@ -24,14 +24,16 @@ class StepCallback(keras.callbacks.Callback):
     """A callback with one hook, `on_step`, that is told the step of the model's clock: how many updates are done.
 
     There is one clock. It is the step that the masks follow: the `pruning_step` stored with pruned layers, or else the
-    optimizer's `iterations`; so a second `compile`, or a reload, does not part masks, magnitude and summaries.
+    optimizer's `iterations`, which also move the masks of a `PruningOptimizer`. So pruned layers and what follows them
+    stay in step through a second `compile` or a reload; a new optimizer without pruned layers begins at step 0.
 
     Batches are counted here instead of reading the clock after each of them, because on the JAX backend a look at the
     model inside an epoch brings its whole state back out of the training loop. For the same reason a subclass touches
     `self.model` only when it is about to read or assign a variable, and then must.
 
-    In a training loop of one's own, call `set_model`, `on_train_begin`, then `on_train_batch_begin` or
-    `on_train_batch_end` or both for each batch, and `on_epoch_end`; the number of the batch may be -1, as in tfmot.
+    In a training loop of one's own, call `set_model`, `on_train_begin`, for each epoch `on_epoch_begin`, then
+    `on_train_batch_begin` or `on_train_batch_end` or both for each batch, and `on_epoch_end`; the number of the batch
+    may be -1, as in tfmot.
     """
 
     _is_open = False  # between the begin and the end of a batch

@@ -55,8 +55,8 @@ def prune_channels(
         A new, uncompiled model of the same kind. Train it on: the weights that stay have lost their neighbours.
 
     Raises:
-        ValueError: If an argument is out of range, the model is subclassed, not built or pruned by wrappers, or no
-            channel can be removed.
+        ValueError: If an argument is out of range, the model is subclassed, not built or pruned by wrappers, no channel
+            can be removed, a kernel holds NaN or infinite weights, or `importance` does not return what it should.
 
     Example:
         >>> import kerascompress as kc

@@ -38,8 +38,8 @@ class Distiller(keras.Model):
             `RandAugment`, or a `keras.Sequential` of such layers. A function will do if it has no state: random numbers
             need a layer. Write it with `keras.ops`, and register it if the Distiller is to be saved.
         num_candidates: n of Equation 6, at least 1.
-        ce_weight: α of Equation 6.
-        kl_weight: β of Equation 6.
+        ce_weight: α of Equation 6, at least 0.
+        kl_weight: β of Equation 6, at least 0; one of the two is positive.
         temperature: τ of the distillation loss, positive.
         alpha: Share of the cross-entropy with the labels, in (0, 1].
         selection_temperature: The temperature of the divergence in Equation 6, positive.
@@ -55,6 +55,7 @@ class Distiller(keras.Model):
     Raises:
         ValueError: If an argument is out of range, teacher and student differ in their number of logits or share
             trainable weights, either ends in a softmax or sigmoid, or `augment` changes the shape of the images.
+        TypeError: If student or teacher is no model, or `augment` is not callable.
 
     Example:
         >>> import kerascompress as kc

@@ -52,6 +52,7 @@ class RandAugment(keras_cv.layers.RandAugment):
         As `inputs`, with images in float32.
 
     Raises:
+        ImportError: On import, where `tf.keras` is Keras 2, as TF_USE_LEGACY_KERAS makes it.
         RuntimeError: On another backend than TensorFlow.
         ValueError: If an argument is out of range, or the images have other than 3 channels or another scale.
 

@@ -146,6 +146,11 @@ class Rule:
                 f"or `sparsity_m_by_n`. Received: block_size={self.block_size}, "
                 f"sparsity_m_by_n={self.sparsity_m_by_n}. Use scope='layer' for these."
             )
+        if self.sparsity_m_by_n and self.block_size != (1, 1):
+            raise ValueError(
+                "`sparsity_m_by_n` zeroes single weights, so it does not go with `block_size`. "
+                f"Received: block_size={self.block_size}, sparsity_m_by_n={self.sparsity_m_by_n}. Leave one out."
+            )
 
     @property
     def once(self) -> bool:

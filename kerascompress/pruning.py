@@ -55,11 +55,13 @@ def prune_low_magnitude(
         **kwargs: Passed to the wrapper when `to_prune` is a layer.
 
     Returns:
-        The wrapped layer, the list of wrapped layers, or a new uncompiled model.
+        The wrapped layer, the list with its prunable layers wrapped and all others as they are, or a new uncompiled
+        model.
 
     Raises:
-        ValueError: If there is nothing to prune, for a subclassed model, a layer that cannot be copied, a policy of
-            tfmot's, or anything that is no Keras 3 object.
+        ValueError: If there is nothing to prune in a layer or model, for a subclassed model, a layer that cannot be
+            copied, a policy of tfmot's, or anything that is no Keras 3 object.
+        TypeError: For a policy without a model, further arguments without a layer, or a schedule that is not callable.
 
     Example:
         >>> import keras, kerascompress as kc
@@ -134,7 +136,8 @@ def prune_now(
         scope: `"layer"` gives every kernel this sparsity; `"global"` compares the magnitudes of all kernels.
         block_size, block_pooling_type: See `PruneLowMagnitude`.
         allow: `variable -> bool` says which weights are pruned, as for `PruningOptimizer`: all but the classifier,
-            `lambda variable: variable.name == "kernel" and "head" not in variable.path`. By default all kernels.
+            `lambda variable: variable.name == "kernel" and "logits" not in variable.path`. By default all
+            kernels.
 
     Returns:
         A new, uncompiled model of the same class.

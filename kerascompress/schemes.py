@@ -1,7 +1,7 @@
 """Schemes that let a small network inherit strong augmentation, and two ways to be large for a while.
 
 A network is large before it is pruned (Figure 4), or while further blocks stand behind its stages (Figure 6): the same
-three schemes, `shrink` being `prune_now`, `prune_low_magnitude` or `discard`.
+three schemes, which call `prune_now`, `prune_low_magnitude` or `discard` to shrink it.
 """
 
 import re
@@ -42,9 +42,10 @@ def inherit(large: keras.Model, *, shrink: Shrink, fit: Fit, strong: float | Non
 
     Args:
         large: The network that has more weights for now: dense, or extended.
-        shrink: `shrink(large)` returns the small network with the weights of the large one: prunes it, or is `discard`.
+        shrink: `shrink(large)` returns the small network with the weights of the large one: `lambda net:
+            prune_now(net, 0.6)`, or `discard`.
         fit: `fit(model, magnitude)` trains a model with RandAugment at that magnitude; `None` is without RandAugment.
-            Where `shrink` is `prune_now`, it must compile with `PruningOptimizer`, which keeps zeros; a warning says if
+            Where `prune_now` shrinks, it must compile with `PruningOptimizer`, which keeps zeros; a warning says if
             it has not.
         strong: First magnitude, in [0, 30].
         weak: Second magnitude, in [0, 30], the optimum of the small network.

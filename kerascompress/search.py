@@ -26,7 +26,8 @@ class MagnitudeSearch:
     """What `search_magnitude` found.
 
     Attributes:
-        optimal: The magnitude with the highest mean score, the smallest of several.
+        optimal: The magnitude with the highest mean score, the smallest of several. It is never `None`: whether
+            augmentation helps at all, `scores[None]` tells.
         maximal: The largest magnitude whose mean score is not below that of no RandAugment after as many epochs; `None`
             if there is none, and then the network does better without.
         scores: `{magnitude: (score with each seed, ...)}` after the longest training that the magnitude got. The key

@@ -830,6 +830,11 @@ def with_a_wrapper_inside():
         (lambda: kc.prune_low_magnitude(small_net(), block_size=(2, 2)), ValueError, "2-dimensional"),
         (lambda: kc.prune_low_magnitude(layers.Dense(2), block_size=2), ValueError, "two integers"),
         (lambda: kc.prune_low_magnitude(layers.Dense(2), block_size=(0, 1)), ValueError, "positive"),
+        (
+            lambda: kc.prune_low_magnitude(layers.Dense(2), block_size=(4, 1), sparsity_m_by_n=(2, 4)),
+            ValueError,
+            "Leave one out",
+        ),
         (lambda: kc.prune_low_magnitude(layers.Dense(2), block_pooling_type="SUM"), ValueError, "AVG"),
         (lambda: kc.prune_low_magnitude(layers.Dense(2), sparsity_m_by_n=(4, 2)), ValueError, "0 < m < n"),
         (
