@@ -42,8 +42,9 @@ class AdaptiveMagnitude(keras.callbacks.Callback):
     logs `magnitude`, with which the epoch was trained. A layer outside of the model, as in `tf.data`, is not saved with
     it.
 
-    The accuracy is the one that the model is compiled with, whatever its name. If there is none, one is measured while
-    `fit` runs, for integer or one-hot labels, where the loss is a categorical cross-entropy or KL, or one of your own.
+    The accuracy is the one among the model's `metrics`, whatever its name. If there is none, one is measured while
+    `fit` runs, without weights of samples or classes, for integer or one-hot labels, where the loss is a categorical
+    cross-entropy or KL, or one of your own.
 
     Args:
         augment: A layer with a scalar variable `magnitude` that is off below 0, such as `RandAugment`, in the model or,
@@ -116,17 +117,27 @@ class AdaptiveMagnitude(keras.callbacks.Callback):
             graph.remove_metric(model)  # that of a training that was interrupted
             if not _accuracies(model):
                 _check_classifies(model)
-                graph.add_metric(model, _Accuracy())  # now, as the step is about to be compiled
+                # weights of the training images alone, such as `class_weight`, would be taken for a gap
+                name = "unweighted_accuracy" if graph.weighted_metrics(model) else "accuracy"
+                graph.add_metric(model, _Accuracy(name))  # now, as the step is about to be compiled
 
     _trains = False
 
     def on_train_begin(self, logs=None):
         self._trains = True
         check_in_model(self.augment, self.model)
+        if isinstance(self.signal, str) and not _accuracies(self.model):
+            raise ValueError(
+                "The accuracy that an earlier training has measured is no longer in the model. Received: a "
+                "`CallbackList` of that training. Pass `callbacks` as a list."
+            )
 
     def on_test_end(self, logs=None):
         if not self._trains:  # it has been passed to `evaluate`
             self.on_train_end()
+
+    def on_predict_end(self, logs=None):
+        self.on_test_end()
 
     def on_train_end(self, logs=None):
         self._trains = False
@@ -156,13 +167,15 @@ class AdaptiveMagnitude(keras.callbacks.Callback):
                     raise ValueError(
                         f"The gap needs a held-out accuracy, `val_{name}`, every {self.frequency} epoch(s). Received: "
                         f"{sorted(logs)} after epoch {epoch + 1}. Call fit with `validation_data` or "
-                        "`validation_split`, and if it has a `validation_freq`, give that number as `frequency`; or "
+                        "`validation_split`, and if it has a `validation_freq`, give that number as `frequency` (a "
+                        "list of epochs needs a function of the logs as `signal`); or "
                         'take signal="accuracy" with a `target`.'
                     )
                 signal -= float(logs[f"val_{name}"])
         if not math.isfinite(signal):
             raise ValueError(
-                f"The signal must be a finite number. Received: {signal} after epoch {epoch + 1}, from {logs}."
+                f"The signal must be a finite number. Received: {signal} after epoch {epoch + 1}, from {logs}. A "
+                "`train_step` of your own measures an accuracy by `self.compute_metrics(x, y, y_pred)`."
             )
         return signal
 
@@ -170,8 +183,8 @@ class AdaptiveMagnitude(keras.callbacks.Callback):
 class _Accuracy(keras.metrics.Mean):
     """The share of images whose largest output is their label's: integers, (batch,) or (batch, 1), or one-hot."""
 
-    def __init__(self):
-        super().__init__(name="accuracy")
+    def result(self):
+        return ops.where(ops.equal(self.count, 0), float("nan"), super().result())  # nobody has called it
 
     def update_state(self, y_true, y_pred, sample_weight=None):
         if isinstance(y_pred, dict | list | tuple) or len(y_pred.shape) != 2 or y_pred.shape[1] == 1:
@@ -205,7 +218,7 @@ def _accuracies(model) -> list[str]:
         metric if isinstance(metric, str) else getattr(metric, "name", getattr(metric, "__name__", "")): metric
         for metric in graph.metrics(model)
     }
-    return [name for name, metric in metrics.items() if name in NAMES or isinstance(metric, CLASSES)]
+    return [name for name, metric in metrics.items() if name in NAMES or isinstance(metric, (*CLASSES, _Accuracy))]
 
 
 def _name_in_logs(accuracies, logs) -> str:

@@ -37,11 +37,13 @@ class StepCallback(keras.callbacks.Callback):
     """
 
     _is_open = False  # between the begin and the end of a batch
+    _hears_ends = False  # the loop tells the end of batches, not their begin alone
 
     def on_step(self, step: int) -> None:
         """Called with the updates done: when training begins, or another step was restored; after every train step."""
 
     def on_train_begin(self, logs=None):
+        self._hears_ends = False
         self._rebase()
         self.on_step(self._base)
 
@@ -55,10 +57,14 @@ class StepCallback(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch=-1, logs=None):
         if self._is_open:
-            self.on_train_batch_end()
+            self._end(-1)
         self._is_open = True
 
     def on_train_batch_end(self, batch=-1, logs=None):
+        self._hears_ends = True
+        self._end(batch)
+
+    def _end(self, batch):
         if steps := (self.params or {}).get("steps"):
             batch = min(batch, steps - 1)  # Keras counts the last execution of an epoch as a whole one
         done = max(batch + 1 - self._batches_of_epoch, 1)
@@ -69,8 +75,9 @@ class StepCallback(keras.callbacks.Callback):
         graph.keep_assigned(self._model)
 
     def on_epoch_end(self, epoch=-1, logs=None, *, batch=-1):
-        if self._is_open:
-            self.on_train_batch_end()
+        if self._is_open and not self._hears_ends:  # else Keras began a batch and found that the data had run out
+            self._end(-1)
+        self._is_open = False
 
     def _rebase(self):
         self._base = self._read = _clock(self.model)

@@ -135,11 +135,17 @@ def keep_assigned(model: keras.Model) -> None:
 def metrics(model: keras.Model) -> list[Any]:
     """What a model measures: metrics, and those that it was compiled with as they were given, functions and names too.
 
-    A model on TensorFlow makes metrics of names only when its step is traced.
+    Those of `weighted_metrics` are not among them. A model on TensorFlow makes metrics of names only when its step is
+    traced.
     """
     compiled = getattr(model, "_compile_metrics", None)
-    given = [] if compiled is None else [compiled._user_metrics, compiled._user_weighted_metrics]
+    given = [] if compiled is None else [compiled._user_metrics]
     return [*(each for each in keras.tree.flatten(given) if each is not None), *model.metrics]
+
+
+def weighted_metrics(model: keras.Model) -> list[Any]:
+    """The `weighted_metrics` that a model was compiled with, as they were given."""
+    return keras.tree.flatten(getattr(getattr(model, "_compile_metrics", None), "_user_weighted_metrics", None) or [])
 
 
 def add_metric(model: keras.Model, metric: keras.Metric) -> None:

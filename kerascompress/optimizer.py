@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
+from keras.distribution import TensorLayout
 from keras.src.utils.tracking import no_automatic_dependency_tracking  # as Keras' own LossScaleOptimizer needs it
 
 from kerascompress import schedules
@@ -144,8 +144,9 @@ class PruningOptimizer(keras.optimizers.Optimizer):
                 # without a slash, by which saving would take it for a path
                 name = kernel.path.replace("/", "_")
                 layout = getattr(kernel, "_layout", None)  # over devices, a mask is where its kernel is
+                everywhere = layout and TensorLayout([], keras.distribution.distribution().device_mesh).backend_layout
                 self._masks.append(self._add(f"{name}_mask", mask, "bool", layout))
-                self._thresholds.append(self._add(f"{name}_threshold", threshold, "float32"))
+                self._thresholds.append(self._add(f"{name}_threshold", threshold, "float32", everywhere))
             if keras.backend.backend() != "tensorflow":  # where `evaluate` builds optimizers, too
                 self._begins_dense = any(
                     (weight != 0)[~mask].any() for weight, mask in zip(weights, masks, strict=True)
@@ -312,7 +313,8 @@ class PruningOptimizer(keras.optimizers.Optimizer):
                 average.assign(average.value * keep)
 
     def finalize_variable_values(self, var_list):
-        is_done = self.built and sys.exc_info()[0] is None  # after an error, JAX leaves variables without values
+        # after an error, JAX leaves variables without values
+        is_done = self.built and all(each._value is not None for each in self.variables)
         known = {id(each) for each in self._trainable_variables}
         if is_done and var_list and not any(id(each) in known for each in var_list):
             raise ValueError(  # on JAX, nothing tells before

@@ -313,23 +313,30 @@ def kernels_of(model: keras.Layer) -> list[keras.Variable]:
 def pruning_vars(model: keras.Layer) -> list[tuple[keras.Variable, keras.Variable, keras.Variable]]:
     """`(kernel, mask, threshold)` of every pruned kernel, of whichever carrier."""
     carriers = [*wrappers_in(model), *optimizers(model)]
-    carriers += getattr(carriers[-1], "optimizers", [])  # of a `keras.optimizers.MultiOptimizer`
+    carriers += [each for carrier in carriers for each in getattr(carrier, "optimizers", ()) if each not in carriers]
     return [each for carrier in carriers for each in getattr(carrier, "pruning_vars", ())]
 
 
 def optimizers(model: keras.Layer) -> list[Any]:
-    """The optimizer of a model and those inside it, the one that updates last; `[None]` if there is none."""
+    """The optimizer of a model and those inside it, the one that updates last; `[None]` if there is none.
+
+    Of a Keras `MultiOptimizer` the one that prunes.
+    """
     found: list[Any] = [getattr(model, "optimizer", None)]
-    while getattr(found[-1], "inner_optimizer", None) is not None:
-        found.append(found[-1].inner_optimizer)
-    return found
+    while True:
+        inner = [getattr(found[-1], "inner_optimizer", None)]
+        inner += [each for each in getattr(found[-1], "optimizers", ()) if hasattr(each, "pruning_vars")]
+        if not (inner := [each for each in inner if each is not None]):
+            return found
+        found.append(inner[0])
 
 
 def effective_kernels(model: keras.Layer) -> list[np.ndarray]:
     """`kernels_of` a model, as the forward pass sees them: zero where a mask is."""
     masks = {id(kernel): mask for wrapper in wrappers_in(model) for kernel, mask, _ in wrapper.pruning_vars}
-    kernels = {id(kernel): kernel for kernel in kernels_of(model)}
-    return [as_array(kernel) * (as_array(masks[key]) if key in masks else 1) for key, kernel in kernels.items()]
+    return [
+        as_array(kernel) * (as_array(masks[id(kernel)]) if id(kernel) in masks else 1) for kernel in kernels_of(model)
+    ]
 
 
 def _unprunable_parts(layer: keras.Layer) -> Iterator[keras.Layer]:

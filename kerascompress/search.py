@@ -265,6 +265,11 @@ def _batches(images, labels, batch_size):
                 "`images` without `labels` must be a dataset of batches `(images, labels)`. "
                 f"Received: {type(images).__name__} whose batches are of type {type(batch).__name__}."
             )
+        if any(each is not None for each in batch[2:]):
+            raise ValueError(
+                "`validation_score` counts every image alike. Received: batches with sample weights. Leave them out: "
+                "`dataset.map(lambda images, labels, weights: (images, labels))`."
+            )
         yield np.asarray(batch[0]), _classes(batch[1], len(batch[0]))
 
 

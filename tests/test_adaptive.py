@@ -164,7 +164,47 @@ def test_a_look_at_a_model_with_the_callback_leaves_no_metric_in_it():
     augment = kc.RandAugment(4, seed=0)
     model = trainer(augment, metrics=[])
     model.evaluate(*data(), verbose=0, callbacks=[kc.AdaptiveMagnitude(augment)])
+    model.predict(data()[0], verbose=0, callbacks=[kc.AdaptiveMagnitude(augment)])
     assert isinstance(model.evaluate(*data(), verbose=0), float)  # the loss alone
+
+
+@pytest.mark.once("jax")
+def test_weights_of_classes_are_not_taken_for_a_gap():
+    images, labels = data()
+    model = trainer(None, metrics=[], weighted_metrics=["accuracy"], optimizer=keras.optimizers.SGD(0.0))
+    weights = {i: 1.0 + 9 * (i == model.predict(images, verbose=0).argmax(axis=1)[0]) for i in range(10)}
+    history = fit(model, [kc.AdaptiveMagnitude(live(9))], 1, class_weight=weights, validation_data=(images, labels))
+    assert history["unweighted_accuracy"] == pytest.approx(history["val_unweighted_accuracy"])
+    assert history["accuracy"] != pytest.approx(history["val_accuracy"])
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="the step is TensorFlow's")
+def test_an_accuracy_that_a_step_of_ones_own_does_not_measure_is_an_error():
+    import tensorflow as tf
+
+    class Own(keras.Model):
+        def train_step(self, batch):
+            with tf.GradientTape() as tape:
+                loss = self.compute_loss(y=batch[1], y_pred=self(batch[0], training=True))
+            self.optimizer.apply_gradients(
+                zip(tape.gradient(loss, self.trainable_variables), self.trainable_variables, strict=True)
+            )
+            return self.get_metrics_result()
+
+    layer = trainer(None)
+    model = Own(layer.inputs, layer.outputs)
+    model.compile("sgd", LOSS)
+    with pytest.raises(ValueError, match=r"Received: nan .*compute_metrics"):
+        fit(model, [kc.AdaptiveMagnitude(live(9))], 2)
+
+
+@pytest.mark.once("jax")
+def test_a_list_of_callbacks_that_has_served_is_refused():
+    model = trainer(None, metrics=[])
+    callbacks = keras.callbacks.CallbackList([kc.AdaptiveMagnitude(live(9))], add_history=True, model=model)
+    fit(model, callbacks, 1)
+    with pytest.raises(ValueError, match="Pass `callbacks` as a list"):
+        fit(model, callbacks, 1)
 
 
 def test_what_an_interrupted_training_has_left_is_gone_with_the_next():

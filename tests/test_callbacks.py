@@ -288,8 +288,10 @@ def test_a_magnitude_assigned_after_the_last_batch_of_data_of_unknown_size_stays
     model.compile("sgd", LOSS)
     batches = tf.data.Dataset.from_tensor_slices(data(12)).batch(4).filter(lambda *_: True)
     weaken = kc.MagnitudeScheduler(augment, lambda step: 14 if step < 3 else 4)
-    model.fit(batches, verbose=0, shuffle=False, callbacks=[weaken])
+    steps = Steps()
+    model.fit(batches, verbose=0, shuffle=False, callbacks=[weaken, steps])
     assert float(keras.ops.convert_to_numpy(augment.magnitude)) == 4
+    assert steps.seen == [0, 1, 2, 3]  # although Keras begins a fourth batch
 
 
 def test_loaded_layers_that_stand_at_different_steps_go_on_from_their_own(tmp_path):

@@ -1,6 +1,9 @@
 """Masks carried by the optimizer: exactly sparse after every step, whatever the model and whatever trains it."""
 
 import json
+import os
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -586,6 +589,52 @@ def test_one_of_several_optimizers_prunes_what_is_its_own_and_is_counted():
     fit(model)
     assert [kernel.path for kernel, _, _ in kc.pruning.pruning_vars(model)] == [model.layers[1].kernel.path]
     assert kc.sparsity(model) == 0.5
+
+
+def test_a_training_within_a_handler_of_errors_is_checked_at_its_end_as_any():
+    model = net()
+    model.compile(kc.PruningOptimizer("sgd", kc.ConstantSparsity(0.5, begin_step=1000)), LOSS)
+    try:
+        raise MemoryError
+    except MemoryError:
+        with pytest.warns(UserWarning, match="Nothing is pruned yet"):
+            fit(model)
+
+
+def test_the_clock_of_several_optimizers_is_that_of_the_one_that_prunes():
+    inner = keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)
+    optimizer = kc.PruningOptimizer(inner, kc.ConstantSparsity(0.5, 0), allow=is_wide)
+    model = keras.Sequential([keras.Input((6, 6, 2)), layers.Flatten(), layers.Dense(4)])
+    rest = {".*bias": keras.optimizers.SGD(0.1)}
+    model.compile(keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(optimizer, rest)), LOSS)
+    magnitudes, augment = [], kc.RandAugment(0)
+    augment(np.zeros((1, 8, 8, 3), "uint8"))
+    follow = kc.MagnitudeScheduler(augment, lambda step: magnitudes.append(step) or step)
+    fit(model, callbacks=[follow])
+    assert magnitudes[-1] == int(ops.convert_to_numpy(optimizer.iterations)) > 0
+
+
+MODEL_PARALLEL = """
+import keras, numpy as np, kerascompress as kc
+devices = keras.distribution.list_devices("cpu")
+mesh = keras.distribution.DeviceMesh((1, 2), ("batch", "model"), devices)
+layouts = keras.distribution.LayoutMap(mesh)
+layouts[".*wide.*kernel.*"] = (None, "model")
+keras.distribution.set_distribution(keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch"))
+model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(8, name="wide"), keras.layers.Dense(4)])
+model.compile(kc.PruningOptimizer("sgd", kc.ConstantSparsity(0.5, 0)), "mse")
+model.fit(np.ones((8, 6)), np.ones((8, 4)), batch_size=4, verbose=0)
+kernel, mask, threshold = model.optimizer.pruning_vars[0]
+print(kc.sparsity(model), mask.value.sharding == kernel.value.sharding, threshold.value.sharding.is_fully_replicated)
+"""
+
+
+@pytest.mark.once("jax")
+def test_with_a_layout_of_its_kernel_a_mask_is_shared_out_and_a_threshold_everywhere():
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu", "KERAS_BACKEND": "jax"}
+    command = [sys.executable, "-c", MODEL_PARALLEL]
+    done = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True)
+    assert done.stdout.split() == ["0.5", "True", "True"], done.stderr
 
 
 def is_wide(variable):

@@ -373,6 +373,7 @@ def test_a_dataset_scores_as_its_arrays_do(kind):
         (lambda: kc.validation_score(None, np.ones((4, 2)), np.ones((4, 3))), ValueError, "argmax"),
         (lambda: kc.validation_score(None, np.ones((0, 2)), np.ones(0)), ValueError, "at least one image"),
         (lambda: kc.validation_score(None, np.ones((4, 2))), ValueError, "dataset of batches.*of type ndarray"),
+        (lambda: kc.validation_score(None, [(np.ones((4, 2)), np.ones(4), np.ones(4))]), ValueError, "sample weights"),
     ],
 )
 def test_bad_input_gets_an_error_that_says_what_to_do(make, error, message):
