@@ -256,6 +256,8 @@ class MagnitudeScheduler(StepCallback):
 class PruningSummaries(keras.callbacks.TensorBoard):
     """TensorBoard with the sparsity and the threshold of every pruned kernel, and the sparsity of all, at each epoch.
 
+    Behind `UpdatePruningStep` among the callbacks: in front of it, the step is not yet that of the epoch on JAX.
+
     Args:
         log_dir: Folder for the event files; the pruning scalars go to its subfolder `metrics`, by the step that the
             masks follow.
