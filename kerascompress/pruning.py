@@ -323,12 +323,10 @@ def optimizers(model: keras.Layer) -> list[Any]:
     Of a Keras `MultiOptimizer` the one that prunes.
     """
     found: list[Any] = [getattr(model, "optimizer", None)]
-    while True:
-        inner = [getattr(found[-1], "inner_optimizer", None)]
-        inner += [each for each in getattr(found[-1], "optimizers", ()) if hasattr(each, "pruning_vars")]
-        if not (inner := [each for each in inner if each is not None]):
-            return found
-        found.append(inner[0])
+    while found[-1] is not None:
+        several = (each for each in getattr(found[-1], "optimizers", ()) if hasattr(each, "pruning_vars"))
+        found.append(getattr(found[-1], "inner_optimizer", None) or next(several, None))
+    return found[:-1] or found
 
 
 def effective_kernels(model: keras.Layer) -> list[np.ndarray]:
