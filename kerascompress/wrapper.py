@@ -139,6 +139,13 @@ class PruneLowMagnitude(layers.Wrapper):
             if not hasattr(kwargs.get(name), "shape"):
                 break
             args += (kwargs.pop(name),)
+        others = keras.tree.flatten({name: value for name, value in kwargs.items() if name != "training"})
+        if len({hasattr(each, "shape") for each in others if each is not None}) > 1:
+            raise ValueError(
+                "A wrapped layer can be called with tensors or with flags by keyword, but not with both. Received: "
+                f"layer {self.layer.name!r} called with {kwargs}. To prune it as it is, let the optimizer carry the "
+                "masks: `model.compile(kc.PruningOptimizer(optimizer, schedule), loss)`."
+            )
         if len(args) > 1 and not self.built:
             graph.build(self.layer, *args, **kwargs)
         return super().__call__(*args, **kwargs)

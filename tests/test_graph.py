@@ -400,6 +400,13 @@ def test_a_wrapped_layer_may_be_called_with_keywords_alone():
     assert len(pruning.prunable_weights(pruned)) == 4
 
 
+def test_a_wrapped_layer_called_with_a_mask_beside_a_flag_is_refused_with_the_way_out():
+    words, seen = keras.Input((3, 4)), keras.Input((3, 3), dtype="bool")
+    attended = layers.MultiHeadAttention(2, 4)(words, words, attention_mask=seen, use_causal_mask=True)
+    with pytest.raises(ValueError, match=r"not with both.*use_causal_mask.*PruningOptimizer"):
+        kc.prune_low_magnitude(keras.Model([words, seen], attended))
+
+
 def test_a_wrapped_layer_of_two_inputs_is_built_by_its_call():
     class Two(Block):
         def call(self, left, right, scale=1.0):
