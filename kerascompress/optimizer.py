@@ -277,7 +277,9 @@ class PruningOptimizer(keras.optimizers.Optimizer):
             _on_all_replicas(self._catch_up)
         elif self._begins_dense:
             self._project(with_averages=False)
-        self.inner_optimizer.apply(grads, trainable_variables)
+        grads = list(grads)
+        with _after_data(grads):
+            self.inner_optimizer.apply(grads, trainable_variables)
         _on_all_replicas(self._follow_schedule)
 
     def _catch_up(self):
@@ -381,6 +383,16 @@ def _outside_of_graphs():
     import tensorflow as tf
 
     return tf.init_scope()
+
+
+def _after_data(grads):
+    """Where TensorFlow runs a step to find that there are no more data, a context in which no update is counted."""
+    known = [each for each in grads if each is not None]
+    if keras.backend.backend() != "tensorflow" or not known:
+        return contextlib.nullcontext()
+    import tensorflow as tf
+
+    return tf.control_dependencies(tf.nest.flatten(known[-1], expand_composites=True))
 
 
 def _on_all_replicas(function):

@@ -8,6 +8,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers, ops
 
 import kerascompress as kc
@@ -137,6 +138,15 @@ def test_the_last_update_at_end_step_is_never_missed():
     schedule = kc.PolynomialDecay(0.0, 0.75, begin_step=0, end_step=7, frequency=5)
     model = prune(net(), schedule=schedule)
     fit(model)
+    assert kc.sparsity(model) == pytest.approx(0.75, abs=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")  # Keras', where it did not know their number
+def test_a_step_that_finds_no_more_data_is_not_counted_as_an_update():
+    batches = tf.data.Dataset.from_tensor_slices(data(56)).batch(8).filter(lambda *_: True)
+    model = prune(net(), schedule=kc.ConstantSparsity(0.75, 8, 8))  # an epoch has 7
+    model.fit(batches, epochs=2, verbose=0, shuffle=False)
+    assert int(model.optimizer.iterations) == 14
     assert kc.sparsity(model) == pytest.approx(0.75, abs=0.01)
 
 
