@@ -278,7 +278,11 @@ def build(layer: keras.Layer, *args: Any, **kwargs: Any) -> None:
     if not layer.built:
         layer(*args, **kwargs)
     if not all(each.built for each in walk(layer)):  # its `build`, or the shape that it tells, leaves that to its call
-        keras.Operation.compute_output_spec(layer, *args, **kwargs)
+
+        def call(*args, **kwargs):  # of what it returns beside tensors, Torch would want a shape
+            return [each for each in keras.tree.flatten(layer.call(*args, **kwargs)) if hasattr(each, "shape")]
+
+        backend.compute_output_spec(call, *args, **kwargs)
 
 
 @contextlib.contextmanager

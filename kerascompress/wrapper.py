@@ -110,12 +110,8 @@ class PruneLowMagnitude(layers.Wrapper):
                 f"Received: layer={layer!r} of type {type(layer).__module__}.{type(layer).__name__}. "
                 "Use `prune_low_magnitude(model)` for a model; a Keras 2 (tf_keras) layer must be rebuilt with Keras 3."
             )
-        if not is_prunable(layer):
-            raise ValueError(
-                f"Layer {layer.name!r} of type {type(layer).__name__} has no kernel that can be pruned. Prunable are "
-                f"{', '.join(kind.__name__ for kind in PRUNABLE_KERNELS)} and layers made of them. "
-                "Give a layer of your own a method `get_prunable_weights()` that returns the variables to prune."
-            )
+        if not is_prunable(layer) and not _has_unbuilt_parts(layer):  # a part may make its kernels when it is built
+            raise _no_kernel(layer)
         if pruning_schedule is None:
             pruning_schedule = schedules.ConstantSparsity(0.5, 0)
         check_schedule(pruning_schedule, "pruning_schedule")
@@ -126,6 +122,7 @@ class PruneLowMagnitude(layers.Wrapper):
         super().__init__(layer, **kwargs)
         self.pruning_schedule = pruning_schedule
         self.supports_masking = layer.supports_masking
+        self._call_signature = inspect.signature(layer.call)  # by which Keras tells tensors, masks and flags apart
         graph.keep_config(layer)
         self._masks: list[keras.Variable] = []
         self._thresholds: list[keras.Variable] = []
@@ -133,28 +130,19 @@ class PruneLowMagnitude(layers.Wrapper):
         self._stored_step = -1  # what this layer last wrote there
         self._is_driven: Callable[[], bool] = bool  # whether an UpdatePruningStep drives this layer: not yet
 
-    def __call__(self, *args, **kwargs):
-        # Keras takes the shape and the mask of what comes first, and refuses tensors beside other keywords.
-        for name in list(inspect.signature(self.layer.call).parameters)[len(args) :]:
-            if not hasattr(kwargs.get(name), "shape"):
-                break
-            args += (kwargs.pop(name),)
-        others = keras.tree.flatten({name: value for name, value in kwargs.items() if name != "training"})
-        if len({hasattr(each, "shape") for each in others if each is not None}) > 1:
-            raise ValueError(
-                "A wrapped layer can be called with tensors or with flags by keyword, but not with both. Received: "
-                f"layer {self.layer.name!r} called with {kwargs}. To prune it as it is, let the optimizer carry the "
-                "masks: `model.compile(kc.PruningOptimizer(optimizer, schedule), loss)`."
-            )
-        if len(args) > 1 and not self.built:
+    def __call__(self, *args, training=None, **kwargs):
+        tensors = [each for each in keras.tree.flatten((args, kwargs)) if hasattr(each, "shape")]
+        if len(tensors) > 1 and not self.built:  # `build` knows the shape of one
             graph.build(self.layer, *args, **kwargs)
-        return super().__call__(*args, **kwargs)
+        return super().__call__(*args, training=training, **kwargs)
 
     def build(self, input_shape=None):
         with graph.unbuilt_parts():
             super().build(input_shape)
         if not all(each.built for each in graph.walk(self.layer)):
             graph.build(self.layer, keras.KerasTensor(input_shape, self.layer.input_dtype))
+        if not is_prunable(self.layer):
+            raise _no_kernel(self.layer)
         settings = {"trainable": False, "autocast": False, "aggregation": "only_first_replica"}
         for i, kernel in enumerate(prunable_weights(self.layer)):
             self.rule.check(kernel, "Exclude the layer with a `pruning_policy`.")
@@ -181,7 +169,7 @@ class PruneLowMagnitude(layers.Wrapper):
             aggregation="only_first_replica",
         )
 
-    def call(self, inputs, *args, training=None, **kwargs):
+    def call(self, *args, training=None, **kwargs):
         if training and not self._is_driven():
             raise RuntimeError(
                 "A model with pruned layers needs the `UpdatePruningStep` callback, which tells them the step. "
@@ -201,7 +189,7 @@ class PruneLowMagnitude(layers.Wrapper):
             state = [(variable, values[id(variable)]) for variable in self.layer.variables]
             scope = keras.StatelessScope(state_mapping=state, collect_losses=True)
         with scope:
-            outputs = self.layer(inputs, *args, **kwargs)
+            outputs = self.layer(*args, **kwargs)
         for variable in self.layer.non_trainable_variables:
             if scope.get_current_value(variable) is not values[id(variable)]:
                 variable.assign(scope.get_current_value(variable))
@@ -217,8 +205,8 @@ class PruneLowMagnitude(layers.Wrapper):
     def compute_output_shape(self, *args, **kwargs):
         return self.layer.compute_output_shape(*args, **kwargs)
 
-    def compute_output_spec(self, *args, **kwargs):
-        return keras.Operation.compute_output_spec(self, *args, **kwargs)  # by tracing: the shape may be unknown
+    def compute_output_spec(self, *args, training=None, **kwargs):
+        return self.layer.compute_output_spec(*args, **kwargs)
 
     @property
     def pruning_vars(self) -> list[tuple[keras.Variable, keras.Variable, keras.Variable]]:
@@ -299,6 +287,18 @@ def wrappers_in(layer: keras.Layer) -> Iterator[PruneLowMagnitude]:
 
 def kernel_names(layer: keras.Layer) -> tuple[str, ...]:
     return next((names for kind, names in PRUNABLE_KERNELS.items() if isinstance(layer, kind)), ())
+
+
+def _has_unbuilt_parts(layer: keras.Layer) -> bool:
+    return layer.built and not all(each.built for each in graph.walk(layer))
+
+
+def _no_kernel(layer: keras.Layer) -> ValueError:
+    return ValueError(
+        f"Layer {layer.name!r} of type {type(layer).__name__} has no kernel that can be pruned. Prunable are "
+        f"{', '.join(kind.__name__ for kind in PRUNABLE_KERNELS)} and layers made of them. "
+        "Give a layer of your own a method `get_prunable_weights()` that returns the variables to prune."
+    )
 
 
 def is_prunable(layer: keras.Layer) -> bool:

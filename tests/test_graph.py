@@ -400,11 +400,65 @@ def test_a_wrapped_layer_may_be_called_with_keywords_alone():
     assert len(pruning.prunable_weights(pruned)) == 4
 
 
-def test_a_wrapped_layer_called_with_a_mask_beside_a_flag_is_refused_with_the_way_out():
+class Decoder(layers.Layer):
+    """Takes a flag before its second tensor, as keras-hub's T5 does."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.attention = layers.MultiHeadAttention(2, 4)
+
+    def build(self, shape):
+        self.attention.build(shape, shape)
+
+    def call(self, words, seen=None, causal=False, context=None):
+        return self.attention(words, context, attention_mask=seen, use_causal_mask=causal)
+
+
+@pytest.mark.parametrize("make", [lambda: layers.MultiHeadAttention(2, 4), Decoder], ids=["keras", "own"])
+def test_a_wrapped_layer_may_be_called_with_tensors_and_flags_in_any_order(make, tmp_path):
     words, seen = keras.Input((3, 4)), keras.Input((3, 3), dtype="bool")
-    attended = layers.MultiHeadAttention(2, 4)(words, words, attention_mask=seen, use_causal_mask=True)
-    with pytest.raises(ValueError, match=r"not with both.*use_causal_mask.*PruningOptimizer"):
-        kc.prune_low_magnitude(keras.Model([words, seen], attended))
+    if make is Decoder:
+        attended = make()(words, context=words, causal=True, seen=seen)
+    else:
+        attended = make()(words, words, attention_mask=seen, return_attention_scores=True)
+    model = keras.Model([words, seen], attended)
+    rng = np.random.default_rng(0)
+    values = [rng.normal(size=(2, 3, 4)).astype("float32"), rng.uniform(size=(2, 3, 3)) > 0.2]
+    pruned = kc.prune_low_magnitude(model)
+    pruned.save(tmp_path / "pruned.keras")
+    loaded = keras.saving.load_model(tmp_path / "pruned.keras", custom_objects={"Decoder": Decoder})
+    for each in (pruned, loaded, kc.strip_pruning(loaded)):
+        for ours, expected in zip(*(keras.tree.flatten(net(values)) for net in (each, model)), strict=True):
+            np.testing.assert_array_equal(ops.convert_to_numpy(ours), ops.convert_to_numpy(expected))
+
+
+class Late(layers.Layer):
+    """Tells what it returns itself, and has a part that makes its kernels when it is called, as keras-hub's layers."""
+
+    def build(self, shape):
+        self.attention = layers.MultiHeadAttention(2, 4)
+
+    def compute_output_spec(self, words):
+        return keras.KerasTensor(words.shape, self.compute_dtype)
+
+    def call(self, words):
+        return self.attention(words, words), None
+
+
+def test_a_wrapped_layer_returns_what_it_tells_and_is_loaded_with_parts_that_are_not_built(tmp_path):
+    words = keras.Input((3, 4))
+    model = keras.Model(words, Late()(words))
+    values = np.random.default_rng(0).normal(size=(2, 3, 4)).astype("float32")
+    outputs(model, values)
+    pruned = kc.prune_low_magnitude(model)
+    pruned.save(tmp_path / "pruned.keras")
+    loaded = keras.saving.load_model(tmp_path / "pruned.keras", custom_objects={"Late": Late})
+    for each in (pruned, loaded, kc.strip_pruning(loaded)):
+        np.testing.assert_array_equal(outputs(each, values), outputs(model, values))
+    bare = layers.TimeDistributed(layers.Dropout(0.1))
+    bare.built, bare.layer.built = True, False
+    with pytest.raises(ValueError, match="no kernel that can be pruned"):
+        kc.PruneLowMagnitude(bare).build((None, 3, 4))
 
 
 def test_a_wrapped_layer_of_two_inputs_is_built_by_its_call():
