@@ -2,7 +2,7 @@
 
     python -m experiments.plot --all
 
-prints the table that README shows once the rows are complete. The best constant of a ratio is chosen on the validation
+prints the table that README shows, of the settings whose rows are complete. The best constant of a ratio is chosen on the validation
 images; the regret of an arm is the test accuracy of that constant minus its own, in points, with the same seed.
 """
 
