@@ -2,8 +2,9 @@
 
     python -m experiments.plot --all
 
-prints the table that README shows, of the settings whose rows are complete. The best constant of a ratio is chosen on the validation
-images; the regret of an arm is the test accuracy of that constant minus its own, in points, with the same seed.
+prints the table that README shows, of the settings whose rows are complete. The best constant of a ratio is chosen on
+the validation images; the regret of an arm is the test accuracy of that constant minus its own, in points, with the
+same seed.
 """
 
 import collections
