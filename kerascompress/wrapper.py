@@ -130,11 +130,11 @@ class PruneLowMagnitude(layers.Wrapper):
         self._stored_step = -1  # what this layer last wrote there
         self._is_driven: Callable[[], bool] = bool  # whether an UpdatePruningStep drives this layer: not yet
 
-    def __call__(self, *args, training=None, **kwargs):
+    def __call__(self, *args, **kwargs):
         tensors = [each for each in keras.tree.flatten((args, kwargs)) if hasattr(each, "shape")]
         if len(tensors) > 1 and not self.built:  # `build` knows the shape of one
-            graph.build(self.layer, *args, **kwargs)
-        return super().__call__(*args, training=training, **kwargs)
+            graph.build(self.layer, *args, **{name: value for name, value in kwargs.items() if name != "training"})
+        return super().__call__(*args, **kwargs)
 
     def build(self, input_shape=None):
         with graph.unbuilt_parts():
