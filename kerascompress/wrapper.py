@@ -141,7 +141,7 @@ class PruneLowMagnitude(layers.Wrapper):
             super().build(input_shape)
         if not all(each.built for each in graph.walk(self.layer)):
             graph.build(self.layer, keras.KerasTensor(input_shape, self.layer.input_dtype))
-        if not is_prunable(self.layer):
+        if not hasattr(self.layer, "get_prunable_weights") and not is_prunable(self.layer):
             raise _no_kernel(self.layer)
         settings = {"trainable": False, "autocast": False, "aggregation": "only_first_replica"}
         for i, kernel in enumerate(prunable_weights(self.layer)):
