@@ -252,6 +252,11 @@ class MagnitudeScheduler(StepCallback):
             self.augment.magnitude.assign(magnitude)
             self._assigned = magnitude
 
+    def on_epoch_end(self, epoch=-1, logs=None, *, batch=-1):
+        super().on_epoch_end(epoch, logs)
+        if self._recount():
+            self.on_step(self._base + self._batches // self._accumulation)
+
 
 class PruningSummaries(keras.callbacks.TensorBoard):
     """TensorBoard with the sparsity and the threshold of every pruned kernel, and the sparsity of all, at each epoch.

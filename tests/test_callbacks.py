@@ -274,7 +274,11 @@ def test_an_execution_that_an_epoch_cuts_short_counts_the_steps_that_it_has(size
     batches, steps = tf.data.Dataset.from_tensor_slices(data(24)).batch(4), Steps()
     if size == "unknown":
         batches = batches.filter(lambda *_: True)
-    pruned.fit(batches, epochs=3, verbose=0, shuffle=False, callbacks=[kc.UpdatePruningStep(), steps])
+    augment = kc.RandAugment(0, seed=0)
+    augment(data()[0])
+    weaken = kc.MagnitudeScheduler(augment, lambda step: 14 if step <= 18 else 4)
+    pruned.fit(batches, epochs=3, verbose=0, shuffle=False, callbacks=[kc.UpdatePruningStep(), weaken, steps])
+    assert float(keras.ops.convert_to_numpy(augment.magnitude)) == 14
     (wrapper,) = (layer for layer in pruned.layers if isinstance(layer, kc.PruneLowMagnitude))
     assert wrapper.stored_step() == int(keras.ops.convert_to_numpy(pruned.optimizer.iterations)) == 18
     if size == "known" and keras.backend.backend() != "torch":
