@@ -184,12 +184,13 @@ def is_none(run):
 
 def settings(arm, sparsity):
     """Returns what the key says of an arm."""
-    name, _, target = arm.partition("=")
-    if not re.fullmatch(r"-?0?\.\d+|" if name in ("accuracy", "gap") else "", target) or arm in ("accuracy", "gap"):
+    name, equals, target = arm.partition("=")
+    if bool(equals) != (name in ("accuracy", "gap")) or (equals and not re.fullmatch(r"-?0?\.\d+", target)):
         raise ValueError(f"--arms takes a set-point for accuracy and gap alone, such as gap=0.15. Received: {arm}.")
     if name not in MOVED:
         return {"arm": arm, "magnitude": regrets.line(sparsity) if name == "line" else None}
     step = flags.step()
+    arm = f"{name}={float(target):g}" if target else name
     arm = arm if step == 0.5 else f"{arm},step={step:g}"
     return {"arm": arm, "magnitude": 0.0, "target": float(target) if target else None, "step": step}
 
@@ -198,6 +199,10 @@ def plan(study):
     """Returns the runs of all arms, for each seed and ratio."""
     usual = SMOKE if FLAGS.smoke else {"sparsities": SPARSITIES, "magnitudes": MAGNITUDES, "arms": ARMS}
     arms = flags.arms([kind(arm) for arm in ARMS], usual["arms"], name=lambda arm: arm.partition("=")[0])
+    if not FLAGS.teacher:
+        flags.check_used("without --teacher", "teacher_epochs", "teacher_magnitude")
+    if not any(kind(arm) in MOVED for arm in arms):
+        flags.check_used("without an arm of which M moves", "step")
     teacher, key = fig7.plan_teacher(study, FLAGS.teacher) if FLAGS.teacher else (None, None)
     if key and (cannot := [arm for arm in arms if arm.startswith(("held", "entropy"))]):
         raise ValueError(f"With --teacher there is no arm {', '.join(cannot)}. Received: --arms={','.join(arms)}.")
@@ -234,6 +239,11 @@ def main(_):
     earlier = runs.read_rows(FLAGS.constants) if FLAGS.constants else []
     planned = {run: of_figure_1(earlier, run) for run in plan(study)}
     rows = [row for row in planned.values() if row]
+    if FLAGS.constants:
+        constant = sum(run.arm in ("line", "none") or claims.constant(run.arm) < np.inf for run in planned)
+        print(f"{len(rows)} of {constant} runs at constant magnitudes are taken from {FLAGS.constants}.")
+        if not rows:
+            raise ValueError(f"--constants must have runs of this setting. Received: {FLAGS.constants}, of others.")
     rows += study.carry_out([run for run, row in planned.items() if not row], outcome)
     plot.show("adaptive", rows, study.out)
     print(f"\nAgainst the best constant, named at the top:\n\n{claims.markdown(regrets.lines(rows))}\n")

@@ -67,6 +67,9 @@ def plan(study):
     """Returns the runs of all arms, each after the one that it begins with."""
     usual = SMOKE if FLAGS.smoke else {"constant": CONSTANT, "sparsities": SPARSITIES, "decayed": DECAYED}
     kinds, sparsities = flags.arms(ARMS, ARMS[:2]), flags.rising_sparsities(usual["sparsities"])
+    for arm, flag in zip(ARMS, ("magnitudes", "decayed", "step"), strict=True):
+        if arm not in kinds:
+            flags.check_used(f"without the arm {arm}", flag)
     decayed = flags.decayed(usual["decayed"], len(sparsities)) if "decayed" in kinds else []
     constant = flags.magnitudes("magnitudes", usual["constant"])
     arms = {

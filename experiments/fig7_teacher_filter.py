@@ -171,6 +171,7 @@ def draw_candidates(run, path):
 def plan_teacher(study, name):
     """Returns the run of a teacher, or None if it is a file, and what keys of students call it."""
     if name.endswith(".keras"):
+        flags.check_used("for a teacher from a file", "teacher_epochs", "teacher_magnitude")
         return None, f"{name} {checksum(name)}"
     training.find_builder(name)
     epochs, magnitude = FLAGS.teacher_epochs or study.epochs, FLAGS.teacher_magnitude

@@ -319,6 +319,13 @@ def arms(allowed, default, name=str):
     return chosen
 
 
+def check_used(why_not, *names):
+    """Raises an error where flags are given that would do nothing."""
+    for name in names:
+        if FLAGS[name].present:
+            raise ValueError(f"--{name} does nothing {why_not}. Received: --{name}={FLAGS[name].value}.")
+
+
 def step():
     return 0.5 if FLAGS.step is None else FLAGS.step
 

@@ -80,6 +80,7 @@ class Keeper(keras.callbacks.Callback):
         """Returns what a row says; `accuracy(split)` is asked of the best and of the last epoch, which stays."""
         validation = dict(self.looks)
         test = accuracy(data.test)
+        labels = data.test[1]
         test_best = test
         if self.best_epoch < self.run.epochs:
             last = numpy(self.variables)
@@ -92,6 +93,7 @@ class Keeper(keras.callbacks.Callback):
             "best_epoch": self.best_epoch,
             "test_best": test_best,
             "test_last": test,
+            "chance": round(float(np.max(np.bincount(labels)) / len(labels)), 6),  # of the best constant guess
             "train_last": (self.of_epochs["train"] or [None])[-1],
             **({"magnitudes": self.of_epochs["magnitudes"]} if self.of_epochs["magnitudes"] else {}),
             "seconds": round(self.seconds, 1),

@@ -30,9 +30,6 @@ absl_flags.DEFINE_enum(
     f"{claims.CHOOSING} on choose magnitudes: theirs is always validation_last, but in the adaptive study.",
 )
 absl_flags.DEFINE_boolean("all", False, "Draw all files of rows in experiments/results/, and print the verdicts.")
-SETTING = ("dataset", "model", "train_images", "epochs", "batch_size", "learning_rate", "smoke", "augmenter")
-SETTING += ("strong", "teacher", "image_size", "schedule", "carrier", "evaluate_every")
-SETTING += ("content", "augment_in", "crop_area")  # of images in files
 CELL = ("magnitude", "path", "target", "step")  # what rows of one arm and ratio have in common
 OURS = ("decayed", "linked", "inherit", "teacher filter")  # the paper's own arms stand out
 BASELINES = {  # of Figures 4 and 6, the same in both
@@ -47,20 +44,8 @@ PAPER = {0.0: 14, 0.2: 12, 0.4: 8, 0.6: 4}  # its optimal magnitudes: ResNet-20,
 STAND_OUT = {"color": "#0072B2", "marker": "*", "linestyle": "-", "markersize": 10, "linewidth": 2.5, "zorder": 3}
 
 
-def settings(rows):
-    """Returns `{setting: rows}`, those that choose apart: only rows of one setting can be compared."""
-    grouped = collections.defaultdict(list)
-    for row in rows:
-        grouped[chooses(row), *((runs.BEFORE | row)[name] for name in SETTING)].append(row)
-    return grouped
-
-
-def chooses(row):
-    return row["seed"] >= claims.CHOOSING and row["figure"] != "adaptive"  # whose rules are compared on test images
-
-
 def shown_accuracy(row):
-    return "validation_last" if chooses(row) else FLAGS.accuracy
+    return "validation_last" if claims.chooses(row) else FLAGS.accuracy
 
 
 def title(rows):
@@ -160,16 +145,24 @@ def curves(axes, arms):
     axes.set_xlabel("magnitude M (star: optimal, ring: maximal)")
 
 
-def dots(axes, arms):
-    """Draws by how much each arm leads the first, none if it is there: a row an arm, a marker for each ratio."""
+def dots(axes, arms, rows):
+    """Draws by how much each arm leads the first, none if it is there: a row an arm, a marker for each ratio.
+
+    Markers are hollow where networks of the first are at chance: what leads it there need not be any good.
+    """
     base, *names = arms
+    dead = collections.Counter(row["sparsity"] for row in rows if row["arm"] == base and claims.at_chance(row))
     for p, style in zip(sorted(arms[base]), STYLES, strict=False):
         leads = {arm: arms[arm][p][0] - arms[base][p][0] for arm in names if p in arms[arm]}
         if not leads:
             continue  # there is nothing else yet
         counts = {arms[arm][p][2] for arm in leads}
         label = f"p = {p:g} (n = {'–'.join(map(str, sorted({min(counts), max(counts)})))})"
-        axes.plot([*leads.values()], [names.index(arm) for arm in leads], label=label, **style | {"linestyle": "none"})
+        style |= {"linestyle": "none"}
+        if dead[p]:
+            label += f",\n{dead[p]} of {claims.spaced(base)} at chance"
+            style |= {"markerfacecolor": "none"}
+        axes.plot([*leads.values()], [names.index(arm) for arm in leads], label=label, **style)
     axes.axvline(0, color="#888888", linewidth=1)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
@@ -182,13 +175,13 @@ FIGURES |= {"demo": lines, "adaptive": dots}
 
 def draw(figure, rows):
     """Returns a figure with a panel for each setting."""
-    panels = settings(rows).values()
+    panels = claims.settings(rows).values()
     canvas = matplotlib.figure.Figure(figsize=(7.5 * len(panels), 4.2), layout="constrained", dpi=150)
     for axes, panel in zip(np.atleast_1d(canvas.subplots(1, len(panels))), panels, strict=True):
         axes.set_prop_cycle(STYLES)
         accuracy = shown_accuracy(panel[0])
-        FIGURES[figure](axes, statistics(panel, accuracy))
         of_means = FIGURES[figure] is not dots
+        FIGURES[figure](axes, statistics(panel, accuracy), *([] if of_means else [panel]))
         axes.set_ylabel(f"{accuracy.partition('_')[0]} accuracy (%)" if of_means else "")
         wrapped = (textwrap.fill(line, 64) for line in title(panel).splitlines())
         axes.set_title("\n".join(wrapped), fontsize="medium")
@@ -242,15 +235,15 @@ def show(figure, rows, out):
     """Prints a table for each setting and writes the figure; that of seeds which choose lies beside it."""
     out.parent.mkdir(parents=True, exist_ok=True)
     for choosing in (False, True):
-        some = [row for row in rows if chooses(row) == choosing]
-        for panel in settings(some).values():
+        some = [row for row in rows if claims.chooses(row) == choosing]
+        for panel in claims.settings(some).values():
             accuracy = shown_accuracy(panel[0])
             print(f"\n{title(panel)}: {accuracy} in percent, mean ± std (n)\n\n{markdown(panel, accuracy)}\n")
         if some:
             path = out.with_stem(f"{out.stem}_validation") if choosing else out
             draw(figure, some).savefig(path)
             print(f"Figure: {path}")
-    moving = settings(row for row in rows if figure == "adaptive" and "magnitudes" in row)
+    moving = claims.settings(row for row in rows if figure == "adaptive" and "magnitudes" in row)
     for i, panel in enumerate(moving.values()):
         path = out.with_stem(f"{out.stem}_magnitudes{i + 1 if len(moving) > 1 else ''}")
         magnitudes(panel).savefig(path)

@@ -8,6 +8,7 @@ same seed.
 """
 
 import collections
+import inspect
 
 import numpy as np
 from scipy import stats
@@ -28,7 +29,8 @@ SETTINGS = (
     ("a distilled student, CIFAR-10, 1,000 images", "adaptive_distilled", None),
 )
 SEEDS = 3  # of a complete setting, at least
-RULE = f"gap={adaptive.TARGETS['gap']:g}"  # what `kc.AdaptiveMagnitude` does by default
+SIGNAL = inspect.signature(adaptive.AdaptiveMagnitude).parameters["signal"].default
+RULE = f"{SIGNAL}={adaptive.TARGETS[SIGNAL]:g}"  # what `kc.AdaptiveMagnitude` does by default
 MEAN, LARGEST = 0.3, 1.5  # its targets, in points
 
 
@@ -57,14 +59,11 @@ def mean(cell, accuracy):
 def regrets(rows):
     """Returns the best constant of each ratio, and `{arm: {ratio: {seed: regret in points}}}`.
 
-    A ratio at which all have one accuracy, that of a constant, is left out.
+    A ratio at which all are at chance is left out.
     """
-    table = by_arm(rows)
-    accuracies = collections.defaultdict(set)
-    for row in rows:
-        accuracies[row["sparsity"]].add(row["test_last"])
-    best = {}
-    for p in sorted(p for p, several in accuracies.items() if len(several) > 1):
+    claims.check_setting(rows)
+    table, best = by_arm(rows), {}
+    for p in sorted({row["sparsity"] for row in rows if not claims.at_chance(row)}):
         best[p] = claims.best({arm: mean(table[arm][p], "validation_last") for arm in constants(table)})
 
     def regret(row):
@@ -128,24 +127,26 @@ def developed():
 
     A ratio of a setting at which any network is at chance takes no part in the order: that one threshold has cut
     through it says nothing of its magnitude, and it would outweigh all others. The regret of each other is the median
-    over the seeds.
+    over the seeds; of these, in both settings, the mean is taken.
     """
     rows = [rows_of(*files) for _, *files in DEVELOPING]
     if not all(rows):
         return ""
-    means, heads = collections.defaultdict(list), []
+    found, heads = collections.defaultdict(list), []
     for (name, *_), some in zip(DEVELOPING, rows, strict=True):
         dead = sorted({row["sparsity"] for row in some if claims.at_chance(row)})
         heads.append(f"median of seeds, {name}" + "".join(f", without p = {p:g}" for p in dead))
         for arm, cells in regrets(some)[1].items():
-            counted = [list(of_seeds.values()) for p, of_seeds in cells.items() if p not in dead]
-            every = [list(of_seeds.values()) for of_seeds in cells.values()]
-            means[arm].append((np.mean(np.median(counted, axis=1)), np.mean(every)))
-    means = {arm: of_settings for arm, of_settings in means.items() if len(of_settings) == len(DEVELOPING)}
+            counted = [np.median(list(of_seeds.values())) for p, of_seeds in cells.items() if p not in dead]
+            every = [np.mean(list(of_seeds.values())) for of_seeds in cells.values()]
+            found[arm].append((counted, every))
+    lines = []
+    for arm, of_settings in found.items():
+        if len(of_settings) == len(DEVELOPING):
+            medians, means = zip(*of_settings, strict=True)
+            lines.append([arm, *map(np.mean, medians), *(np.mean(np.concatenate(each)) for each in (medians, means))])
     made = [["regret (points)", *heads, "both", "mean of seeds, all ratios, both"]]
-    for arm, of_settings in sorted(means.items(), key=lambda item: np.mean(item[1], axis=0)[0]):
-        medians = [median for median, _ in of_settings]
-        made.append([arm, *(f"{each:.2f}" for each in (*medians, *np.mean(of_settings, axis=0)))])
+    made += [[arm, *(f"{each:.2f}" for each in means)] for arm, *means in sorted(lines, key=lambda line: line[-2])]
     return claims.markdown(made).replace("-0.", "−0.")
 
 
@@ -167,9 +168,11 @@ def table():
     made[0] += ["TrivialAugment", "best single constant", "AdaptiveMagnitude (1 training)", "its targets", "n"]
     for name, *files in SETTINGS:
         rows = rows_of(*files)
-        found, (best, cells) = by_arm(rows), regrets(rows)
-        if RULE not in cells:  # the rows are not complete, or of other rules
+        if not rows:
             continue
+        found, (best, cells) = by_arm(rows), regrets(rows)
+        if missing := {"none", "trivial", RULE} - cells.keys():
+            raise ValueError(f"The rows of {name}, {files[0]}, are complete, but have no arm {', '.join(missing)}.")
         single = claims.best(
             {arm: np.mean([mean(found[arm][p], "validation_last") for p in best]) for arm in constants(found)}
         )

@@ -41,13 +41,16 @@ def test_every_arm_leaves_a_row_with_its_set_point_and_its_magnitudes(tmp_path, 
     assert (tmp_path / "rows_magnitudes.png").exists()
 
 
-def test_constants_of_figure_1_are_taken_from_its_rows_whatever_its_looks(tmp_path, small, smoke_run):
+def test_constants_of_figure_1_are_taken_from_its_rows_whatever_its_looks(tmp_path, small, smoke_run, capsys):
     grid = {"sparsities": "0.6", "magnitudes": "none,9"}
     given = smoke_run(fig1, tmp_path / "fig1", evaluate_every=2, **grid)
     asked = grid | {"arms": "trivial"}
     alone = smoke_run(study, tmp_path / "alone", **asked)
     taken = smoke_run(study, tmp_path / "taken", constants=tmp_path / "fig1" / "rows.jsonl", **asked)
     assert [row["arm"] for row in taken] == ["trivial"]  # none else was trained
+    assert "2 of 2 runs at constant magnitudes are taken from" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--constants must have runs of this setting"):
+        smoke_run(study, tmp_path / "other", constants=tmp_path / "fig1" / "rows.jsonl", epochs=3, **asked)
     assert [row["test_last"] for row in [*given, *taken]] == [row["test_last"] for row in alone]
 
 
@@ -114,7 +117,7 @@ def test_a_killed_run_goes_on_with_its_magnitudes(tmp_path, monkeypatch):
 
 def test_a_magnitude_of_figure_3_that_finds_itself_goes_on_from_stage_to_stage(tmp_path, small, smoke_run, monkeypatch):
     monkeypatch.setitem(study.kc.adaptive.TARGETS, "gap", -0.9)
-    rows = smoke_run(fig3, tmp_path, arms="adaptive", sparsities="0,0.3,0.6", decayed="14,9,4", carrier="optimizer")
+    rows = smoke_run(fig3, tmp_path, arms="adaptive", sparsities="0,0.3,0.6", carrier="optimizer")
     assert [(row["arm"], row["sparsity"], row["target"]) for row in rows] == [
         ("adaptive", p, -0.9) for p in (0.0, 0.3, 0.6)
     ]
@@ -184,15 +187,19 @@ def test_constants_of_figure_1_serve_the_line_too_where_it_is_without_augmentati
     }
 
 
-def test_a_ratio_at_which_all_have_one_accuracy_is_left_out_and_named(tmp_path, monkeypatch):
+def test_a_ratio_at_which_all_are_at_chance_is_left_out_and_named(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "RESULTS", tmp_path)
     tests = {"none": 0.5, "M=4": 0.6, "trivial": 0.58, regrets.RULE: 0.61}
     rows = [row_of(arm, seed, v, v + 0.01 * seed) for arm, v in tests.items() for seed in range(3)]
-    rows += [row_of(arm, seed, 0.1, 0.1, 0.97) for arm in tests for seed in range(3)]
+    rows += [row_of(arm, seed, 0.1, 0.09 + 0.005 * seed, 0.97) for arm in tests for seed in range(3)]
     (tmp_path / "adaptive_digits.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     line = regrets.table().splitlines()[-1]
     assert line.startswith("| digits, 200 images; p = 0.97 is at chance | 61.00 (2 magnitudes x 3 seeds a ratio) ")
     assert line.endswith("| −1.00 ± 0.00, largest −1.00 | met | 3 |")
+    others = "".join(json.dumps(row) + "\n" for row in rows if row["arm"] != "trivial")
+    (tmp_path / "adaptive_digits.jsonl").write_text(others)
+    with pytest.raises(ValueError, match="adaptive_digits, are complete, but have no arm trivial"):
+        regrets.table()
 
 
 def test_developing_ranks_by_the_median_over_the_seeds_so_that_one_broken_network_chooses_nothing(
@@ -200,18 +207,19 @@ def test_developing_ranks_by_the_median_over_the_seeds_so_that_one_broken_networ
 ):
     monkeypatch.setattr(claims, "RESULTS", tmp_path)
     rows = [row_of(arm, seed, v, v) for arm, v in (("none", 0.5), ("M=4", 0.6)) for seed in range(3)]
-    rows += [row_of("gap=0.15", seed, 0, v) for seed, v in enumerate((0.59, 0.054, 0.59))]
+    rows += [row_of("gap=0.15", seed, 0, v) for seed, v in enumerate((0.59, 0.154, 0.59))]
     rows += [row_of("trivial", seed, 0, 0.57) for seed in range(3)]
     rows += [row | {"sparsity": 0.97, "test_last": 0.5} for row in rows]
-    rows[-1]["test_last"] = 0.1  # at chance: the ratio takes no part in the order
-    for name in ("adaptive_500", "adaptive_2000"):
+    for name, last in (("adaptive_500", 0.1), ("adaptive_2000", 0.5)):  # at chance: the ratio takes no part there
         assert regrets.developed() == ""
+        rows[-1]["test_last"] = last
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     head, _, constant, rule, trivial, none = regrets.developed().splitlines()
     assert "500 images; developed on, without p = 0.97 |" in head
+    assert "2,000 images; developed on |" in head
     assert constant.startswith("| M=4 | 0.00 ")
-    assert rule == "| gap=0.15 | 1.00 | 1.00 | 1.00 | 9.43 |"
-    assert trivial == "| trivial | 3.00 | 3.00 | 3.00 | 8.17 |"
+    assert rule == "| gap=0.15 | 1.00 | 0.50 | 0.67 | 7.77 |"  # every ratio weighs the same
+    assert trivial == "| trivial | 3.00 | 1.50 | 2.00 | 4.83 |"
     assert none.startswith("| none | 10.00 ")
 
 
@@ -221,12 +229,21 @@ def test_developing_ranks_by_the_median_over_the_seeds_so_that_one_broken_networ
         ({"arms": "gab=0.15"}, "--arms must be among trivial"),
         ({"arms": "accuracy"}, r"such as gap=0.15. Received: accuracy\."),
         ({"arms": "trivial=4"}, r"for accuracy and gap alone.*trivial=4"),
+        ({"arms": "gap="}, r"for accuracy and gap alone.*gap="),
+        ({"teacher_epochs": "3"}, "--teacher_epochs does nothing without --teacher"),
+        ({"arms": "trivial", "step": "1"}, "--step does nothing without an arm of which M moves"),
         ({"augmenter": "keras_cv"}, "Leave --augmenter"),
     ],
 )
 def test_impossible_settings_are_errors(tmp_path, smoke_run, changes, message):
     with pytest.raises(ValueError, match=message):
         smoke_run(study, tmp_path, **changes)
+
+
+def test_a_set_point_is_one_arm_however_it_is_written():
+    with flagsaver.flagsaver():
+        absl_flags.FLAGS(["test"])
+        assert {study.settings(f"gap={target}", 0.0)["arm"] for target in (".15", "0.15", "0.150")} == {"gap=0.15"}
 
 
 def test_the_line_through_the_papers_optima_ends_in_none():

@@ -88,9 +88,24 @@ def test_an_arm_whose_seeds_are_all_at_chance_decides_nothing(of, guess):
     dead = [guess] * 5
     words = [
         verdicts([row | of for row in [*rows_of("none", accuracies), *others]])[0].word
-        for accuracies in (dead, [*dead[:4], guess - 0.001])
+        for accuracies in ([*dead[:4], guess - 0.001], [*dead[:4], guess + 0.001])
     ]
     assert words == ["at chance", "reproduced"]
+
+
+def test_classes_of_several_sizes_have_the_chance_that_their_rows_say():
+    dead = [row | {"dataset": "digits", "chance": 46 / 449} for row in rows_of("none", [46 / 449, 43 / 449, 47 / 449])]
+    assert [claims.at_chance(row) for row in dead] == [True, True, False]
+
+
+def test_rows_of_several_settings_are_not_compared():
+    rows = [*rows_of("none", [0.4] * 5), *rows_of("M=14", [0.5] * 5)]
+    several = [row | {"epochs": 20 if row["arm"] == "none" else 100} for row in rows]
+    for compare in (verdicts, regrets.regrets):
+        with pytest.raises(ValueError, match=r"of one setting.*rows that differ in epochs"):
+            compare(several)
+    choosing = [row | {"epochs": 20} for row in rows_of("none", [0.3], first_seed=100)]
+    assert verdicts(rows, choosing) == verdicts(rows)
 
 
 def test_a_part_whose_arm_or_ratio_has_no_row_has_no_verdict_yet():
@@ -178,7 +193,7 @@ def test_readme_shows_the_table_that_the_rows_make():
 
 
 def test_all_figures_and_the_table_are_made_of_rows_alone(tmp_path, monkeypatch, capsys):
-    setting = dict.fromkeys(plot.SETTING, 0) | {"images": {"train": 10}, "figure": "fig1"}
+    setting = dict.fromkeys(claims.SETTING, 0) | {"images": {"train": 10}, "figure": "fig1"}
     rows = rows_of("none", [0.4, 0.42, 0.4, 0.41, 0.4]) + rows_of("M=14", [0.5, 0.51, 0.5, 0.51, 0.5])
     rows += rows_of("none", [0.4], first_seed=100) + rows_of("M=14", [0.3], first_seed=100)
     (tmp_path / "small_fig1.jsonl").write_text("".join(json.dumps(setting | row) + "\n" for row in rows))

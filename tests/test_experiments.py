@@ -21,7 +21,7 @@ from absl import flags as absl_flags
 from absl.testing import flagsaver
 
 import kerascompress as kc
-from experiments import engine, keeper, plot, runs, training
+from experiments import claims, engine, keeper, plot, runs, training
 from experiments import fig1_magnitude_search as fig1
 from experiments import fig3_magnitude_decay as fig3
 
@@ -79,6 +79,7 @@ def test_smoke_leaves_rows_and_figure(smoke):
         assert row["live_sparsity"] == pytest.approx(row["sparsity"], abs=1e-3)
         assert row["images"] == {"train": 64, "validation": 64, "test": 64}
         assert 0 <= row["test_last"] <= 1
+        assert 64 * row["chance"] in range(7, 16)  # images of the class that has most
         assert row["best_epoch"] == 2 or row["sparsity"] == 0  # epochs before the ratio is reached do not count
         assert row["validation_best"] >= row["validation_last"]
         assert row["seconds"] > 0
@@ -523,7 +524,7 @@ def test_what_acts_between_calls_is_called_at_every_step_at_which_masks_are_due(
 
 
 def rows_of(arm, accuracies, sparsity=0.0):
-    setting = dict.fromkeys(plot.SETTING, 0) | {"images": {"train": 10}, "sparsity": sparsity}
+    setting = dict.fromkeys(claims.SETTING, 0) | {"images": {"train": 10}, "sparsity": sparsity}
     return [setting | {"arm": arm, "seed": seed, "test_last": value} for seed, value in enumerate(accuracies)]
 
 
@@ -566,6 +567,8 @@ def test_a_flag_that_a_figure_has_no_use_for_is_refused(tmp_path, smoke_run):
         smoke_run(fig3, tmp_path, export=tmp_path / "net", arms="constant")
     with pytest.raises(ValueError, match="--export is no flag of fig1"):
         smoke_run(fig1, tmp_path, export=tmp_path / "net")
+    with pytest.raises(ValueError, match=r"--decayed does nothing without the arm decayed\. Received: .*99"):
+        smoke_run(fig3, tmp_path, decayed="99", arms="constant")
 
 
 @pytest.mark.once
@@ -580,7 +583,7 @@ def test_rows_from_before_a_field_of_the_key_came_in_still_count(tmp_path):
     assert runs.find([old], dataclasses.replace(ours, data_dir="/elsewhere", work=5)) == old  # a place is no setting
     assert len({run.folder for run in (ours, *others)}) == 3
     assert dataclasses.replace(ours, strong=14.0).folder == others[1].folder
-    settings = plot.settings([old, ours.key, *(run.key for run in others)])
+    settings = claims.settings([old, ours.key, *(run.key for run in others)])
     assert [len(rows) for rows in settings.values()] == [2, 1, 1]
 
 
