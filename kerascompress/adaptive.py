@@ -120,6 +120,13 @@ class AdaptiveMagnitude(keras.callbacks.Callback):
                 # weights of the training images alone, such as `class_weight`, would be taken for a gap
                 name = "unweighted_accuracy" if graph.weighted_metrics(model) else "accuracy"
                 graph.add_metric(model, _Accuracy(name))  # now, as the step is about to be compiled
+                if not _accuracies(model):
+                    graph.remove_metric(model)
+                    raise ValueError(
+                        f"`AdaptiveMagnitude` cannot measure an accuracy in {model.name!r}, whose class has `metrics` "
+                        f"of its own, {[metric.name for metric in model.metrics]}. Add an accuracy there, or pass a "
+                        "function of the logs as `signal`."
+                    )
 
     _trains = False
 

@@ -106,6 +106,8 @@ class _Augmentation(keras.layers.Layer):
         self.seed = seed = int(seed) if isinstance(seed, np.integer) else seed
         bits = {"torch": 31, "jax": 32}.get(keras.backend.backend())  # of a seed; Keras fails on others
         self.seed_generator = keras.random.SeedGenerator(seed % 2**bits if bits and isinstance(seed, int) else seed)
+        self.has_augmented = False  # it has been called to do so
+        self._worker: int | None = None  # of a Torch `DataLoader`: the seed which that has given this process
 
     def __call__(self, images, *args, **kwargs):
         symbolic = type(images).__module__.startswith("tensorflow") and not hasattr(images, "numpy")
@@ -120,11 +122,24 @@ class _Augmentation(keras.layers.Layer):
                 f"{type(self).__name__} needs images whose number of axes is known. Received: {images}. Decode them "
                 "with `tf.io.decode_jpeg(..., channels=3)` or `tf.io.decode_image(..., expand_animations=False)`."
             )
+        if keras.backend.backend() == "torch":
+            self._draw_apart()
         return super().__call__(images, *args, **kwargs)
+
+    def _draw_apart(self):
+        """In a worker of a Torch `DataLoader`, a copy of this process for an epoch: draws by the seed of the two."""
+        import torch
+
+        worker = torch.utils.data.get_worker_info()
+        if worker is not None and worker.seed != self._worker:
+            self._worker, state = worker.seed, self.seed_generator.state
+            own = np.asarray(kops.convert_to_numpy(state), "uint64")
+            state.assign(np.random.SeedSequence([*own.tolist(), worker.seed]).generate_state(len(own)) % 2**30)
 
     def _augment(self, images, training, augment_batch):
         if not (rounds.inside_tf_data() if training is None else training):
             return images
+        self.has_augmented = True
         shape: Any = getattr(images, "shape", ())
         if len(shape) not in (3, 4) or shape[-1] not in (1, 3):
             has_shape = hasattr(images, "shape")
@@ -199,12 +214,12 @@ class RandAugment(_Augmentation):
             `value_range` is: a number, or one for each channel, such as the mean colour `(124, 116, 104)` of ImageNet.
         interpolation: `"nearest"`, as in the paper, or `"bilinear"`.
         seed: Makes the draws reproducible; in `tf.data`, without `num_parallel_calls`, in whose calls they are drawn in
-            any order.
+            any order. Workers of a Torch `DataLoader` draw apart, and anew in each epoch, as `torch.manual_seed` says.
 
     Call arguments:
         images: uint8 or float, `(batch, height, width, channels)` or `(height, width, channels)`, 1 or 3 channels.
         magnitude: Overrides the variable for this call: a number, or one per image, `(batch,)`; below 0 is off.
-        training: Whether to augment.
+        training: Whether to augment; outside of a model that trains, and of `tf.data`, only if it is True.
 
     Returns:
         The augmented images, in the shape, dtype and value range of `images`.
@@ -410,10 +425,11 @@ def check_in_model(augment: Any, model: keras.Model) -> None:
             f"{[layer.name for layer in others]}. Received: augment={augment!r}. Pass that of the model: a "
             "copied model, such as `prune_low_magnitude` returns, has copies of its layers."
         )
-    if not others and not getattr(augment, "built", True):
+    if not others and not getattr(augment, "has_augmented", getattr(augment, "built", True)):
         warnings.warn(
             f"Nothing is augmented yet by {augment.name!r}: it is not in the model {model.name!r}, and has not been "
-            "called. Put it into the model, or map it over the data first.",
+            "called to augment. Put it into the model, map it over a `tf.data` dataset first, or pass `training=True` "
+            "where you call it yourself.",
             stacklevel=3,
         )
 

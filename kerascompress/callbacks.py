@@ -33,7 +33,8 @@ class StepCallback(keras.callbacks.Callback):
 
     In a training loop of one's own, call `set_model`, `on_train_begin`, for each epoch `on_epoch_begin`, then
     `on_train_batch_begin` or `on_train_batch_end` or both for each batch, and `on_epoch_end`; the number of the batch
-    may be -1, as in tfmot.
+    may be -1, as in tfmot. The hooks read and assign variables: a loop on JAX that keeps the state outside of them
+    (`stateless_call`) has to bring it back before and to take it out again after; `PruningOptimizer` needs no hook.
     """
 
     _is_open = False  # between the begin and the end of a batch
@@ -110,6 +111,9 @@ class UpdatePruningStep(StepCallback):
     saved and loaded goes on where it was. Every `fit` needs it: in one without, masks stay as they are, and only a
     model that was compiled anew says so. In a training loop of your own, see `callbacks.StepCallback`; tfmot's own
     works as it is.
+
+    Put it first among the callbacks: on JAX, those in front of it see the masks and the step of an epoch too late, and
+    `EarlyStopping(restore_best_weights=True)` would give back a step that is an epoch old.
 
     Raises:
         ValueError: If a kernel to prune holds NaN or infinite weights, or the schedule leaves [0, 1).

@@ -375,6 +375,7 @@ def _made_anew(layer: keras.Layer, configs: list[Callable[[], dict]], changes: d
         try:
             with SafeModeScope(False), keras.saving.custom_object_scope(_classes(layer)):
                 new = type(layer).from_config({**config(), **changes})
+            new.name = layer.name  # which a constructor need not take
             _build_like(new, layer)
             _assign(new, layer)
         except Exception as error:  # whatever a constructor, a `build` or an `assign` may raise

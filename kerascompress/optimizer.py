@@ -50,7 +50,8 @@ class PruningOptimizer(keras.optimizers.Optimizer):
         allow: `allow(variable) -> bool` chooses the kernels among the trainable variables. By default those that Keras
             names so (`kernel`, `embeddings`, `depthwise_kernel`, `pointwise_kernel`, `recurrent_kernel`), of rank 2 and
             more; a warning names others, where they are more than a tenth of all weights. An optimizer sees variables,
-            not layers: `get_prunable_weights()` is not asked.
+            not layers: `get_prunable_weights()` is not asked. Ask for names and the ends of paths: models around a
+            layer may be missing from its path once the model is saved and loaded.
         name: Of the optimizer.
 
     Attributes:
@@ -106,7 +107,6 @@ class PruningOptimizer(keras.optimizers.Optimizer):
         self.use_ema = inner_optimizer.use_ema  # where `keras.callbacks.SwapEMAWeights` looks for it
         self._kernels: list[keras.Variable] = []
         self._is_late = False
-        self._begins_dense = False
         self._masks: list[keras.Variable] = []
         self._thresholds: list[keras.Variable] = []
 
@@ -147,10 +147,9 @@ class PruningOptimizer(keras.optimizers.Optimizer):
                 everywhere = layout and TensorLayout([], keras.distribution.distribution().device_mesh).backend_layout
                 self._masks.append(self._add(f"{name}_mask", mask, "bool", layout))
                 self._thresholds.append(self._add(f"{name}_threshold", threshold, "float32", everywhere))
-            if keras.backend.backend() != "tensorflow":  # where `evaluate` builds optimizers, too
-                self._begins_dense = any(
-                    (weight != 0)[~mask].any() for weight, mask in zip(weights, masks, strict=True)
-                )
+            if keras.backend.backend() != "tensorflow":  # `evaluate` builds optimizers, and other weights may follow
+                due, sparsity = (True, 1.0) if self.pruning_schedule is None else evaluate(self.pruning_schedule, 0)
+                self._is_late = self.rule.once or bool(due and sparsity > 0)
             elif not self._is_late:
                 self._project(with_averages=False)  # they begin with the first update
 
@@ -211,9 +210,10 @@ class PruningOptimizer(keras.optimizers.Optimizer):
             super().load_own_variables(store)
         else:
             warnings.warn(
-                "The masks in this file are of other kernels than those that can be trained now, of layers for example "
-                f"that were frozen or thawed since. They are not loaded, and {self.name!r} begins anew; to keep what "
-                "is zero, compile with a `PruningOptimizer` without a schedule.",
+                "The masks in this file are of other kernels than those that can be trained now: layers were frozen or "
+                "thawed since, another optimizer has saved it, or `allow` asks for paths that are others in a loaded "
+                f"model (their ends stay). They are not loaded, and {self.name!r} begins anew; to keep what is zero, "
+                "compile with a `PruningOptimizer` without a schedule.",
                 stacklevel=2,
             )
 
@@ -275,15 +275,13 @@ class PruningOptimizer(keras.optimizers.Optimizer):
             )
         if self._is_late:
             _on_all_replicas(self._catch_up)
-        elif self._begins_dense:
-            self._project(with_averages=False)
         grads = list(grads)
         with _after_data(grads):
             self.inner_optimizer.apply(grads, trainable_variables)
         _on_all_replicas(self._follow_schedule)
 
     def _catch_up(self):
-        """Prunes at step 0 what had no weights yet when the optimizer was built."""
+        """Prunes at step 0 what had no weights yet, or others, when the optimizer was built."""
         is_first = ops.equal(ops.convert_to_tensor(self.inner_optimizer._iterations), 0)
         self._update(is_first, self._initial_masks)
         self._project()

@@ -174,8 +174,7 @@ def prune_now(
     for layer in graph.walk(model):
         check_plain(layer)
     small = graph.copy(model)
-    trained = {id(each) for layer in graph.walk(small) for each in layer._trainable_variables}  # frozen ones as well
-    kernels = [each for each in small.variables if id(each) in trained and allow(each)] if allow else kernels_of(small)
+    kernels = _allowed(model, small, allow) if allow else kernels_of(small)
     if not kernels:
         raise ValueError(f"No variable of {model.name!r} passes `allow`.") if allow else _no_kernels(model)
     for kernel in kernels:
@@ -254,6 +253,13 @@ def sparsity(model: keras.Layer) -> float:
 
 
 # --- helpers ---
+
+
+def _allowed(model: keras.Model, copy: keras.Model, allow: Callable[[keras.Variable], bool]) -> list[keras.Variable]:
+    """The variables of a copy that `allow` chooses in the model itself, whose paths are those that its user knows."""
+    trained = {id(each) for layer in graph.walk(model) for each in layer._trainable_variables}  # frozen ones as well
+    pairs = zip(model.variables, copy.variables, strict=True)
+    return [new for old, new in pairs if id(old) in trained and allow(old)]
 
 
 def _chosen_layers(model: keras.Model, policy: Any) -> set[int]:

@@ -52,7 +52,10 @@ def apply(rows, images, op, argument, *, good=True, value_range=(0, 255), fill_v
         tuple(value_range),
         **outside,
     )
-    return run(images, op, argument, kops.convert_to_tensor(good))
+    given = images, op, argument, kops.convert_to_tensor(good)
+    if keras.backend.backend() == "tensorflow" and images.shape[0] is None:
+        return kops.cond(kops.shape(images)[0] > 0, lambda: run(*given), lambda: images)  # such as a replica's share
+    return run(*given)
 
 
 @functools.lru_cache

@@ -53,8 +53,9 @@ class PruneLowMagnitude(layers.Wrapper):
 
     Between batches masked weights are zero, in checkpoints too. On the JAX backend, where looking at variables inside
     an epoch is expensive, they are zeroed only before and at a scheduled step, at the end of an epoch, and when the
-    model is saved. With `steps_per_execution`, masks are recomputed after the last step of an execution, from weights
-    that all its steps have moved; `PruningOptimizer` keeps the schedule exactly.
+    model is saved: a constraint, or an optimizer that looks at whole kernels (LAMB, Adafactor), sees more there than
+    the network computes with. With `steps_per_execution`, masks are recomputed after the last step of an execution,
+    from weights that all its steps have moved; `PruningOptimizer` keeps the schedule exactly.
 
     Args:
         layer: A layer with prunable kernels: dense, convolution (also transposed, separable, depthwise),

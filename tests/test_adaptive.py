@@ -252,6 +252,19 @@ def test_a_subclassed_model_can_be_copied_after_an_accuracy_was_added():
     assert kc.sparsity(kc.prune_now(model, 0.5)) == 0.5
 
 
+def test_a_model_that_hides_an_added_metric_is_refused_in_its_own_words():
+    class Own(keras.Model):
+        @property
+        def metrics(self):
+            return []
+
+    layer = trainer(None)
+    model = Own(layer.inputs, layer.outputs)
+    model.compile("sgd", LOSS)
+    with pytest.raises(ValueError, match="whose class has `metrics` of its own"):
+        fit(model, [kc.AdaptiveMagnitude(live(9))], 1)
+
+
 def two_outputs():
     image = keras.Input((8, 8, 3))
     flat = layers.Flatten()(layers.Rescaling(1 / 255)(image))

@@ -52,6 +52,43 @@ def test_no_images_are_no_images(dtype):
         assert tuple(layer(np.zeros((0, 8, 8, 3), dtype), training=True).shape) == (0, 8, 8, 3)
 
 
+@pytest.mark.tensorflow_only
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_a_batch_of_which_a_trace_does_not_know_that_it_is_empty_is_none(dtype):
+    import tensorflow as tf
+
+    layer = RandAugment(seed=0)
+    traced = tf.function(lambda images: layer(images, training=True), [tf.TensorSpec((None, 8, 8, 3), dtype)])
+    assert [traced(np.zeros((count, 8, 8, 3), dtype)).shape[0] for count in (0, 1, 2)] == [0, 1, 2]
+
+
+class Augmented:
+    """A Torch `Dataset`; what it returns is the augmentation of one image."""
+
+    def __init__(self):
+        self.augment = RandAugment(magnitude=(0, 30), seed=0)
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return self.augment(batch_of(48)[0], training=True)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="the loader is Torch's")
+def test_workers_of_a_torch_loader_draw_apart_and_anew_in_each_epoch():
+    import torch
+
+    def epochs():
+        torch.manual_seed(0)
+        loader = torch.utils.data.DataLoader(Augmented(), batch_size=4, num_workers=2)
+        return [batch.numpy() for _ in range(2) for batch in loader]
+
+    first, again = epochs(), epochs()
+    np.testing.assert_array_equal(first, again)
+    assert len({image.tobytes() for batch in first for image in batch}) == 16
+
+
 def test_consecutive_calls_draw_anew():
     images, layer = batch_of(48), RandAugment(magnitude=14, seed=3)
     assert not np.array_equal(augmented(layer, images), augmented(layer, images))

@@ -171,7 +171,10 @@ def test_an_augmentation_outside_of_any_model_may_be_driven_and_one_in_a_distill
     model.compile("sgd", LOSS)
     with pytest.warns(UserWarning, match=r"Nothing is augmented yet by 'rand_augment.*Put it into the model"):
         model.fit(*data(), verbose=0, callbacks=[kc.MagnitudeScheduler(augment, lambda step: 9)])
-    augment(data()[0])  # as `map` does
+    augment(data()[0])
+    with pytest.warns(UserWarning, match="pass `training=True` where you call it yourself"):
+        model.fit(*data(), verbose=0, callbacks=[kc.MagnitudeScheduler(augment, lambda step: 9)])
+    augment(data()[0], training=True)
     model.fit(*data(), verbose=0, callbacks=[kc.MagnitudeScheduler(augment, lambda step: 4)])
     assert float(augment.magnitude) == 4
     distiller = kc.Distiller(net(), net(), augment=keras.Sequential([augment]), num_candidates=1)
@@ -275,7 +278,7 @@ def test_an_execution_that_an_epoch_cuts_short_counts_the_steps_that_it_has(size
     if size == "unknown":
         batches = batches.filter(lambda *_: True)
     augment = kc.RandAugment(0, seed=0)
-    augment(data()[0])
+    augment(data()[0], training=True)
     weaken = kc.MagnitudeScheduler(augment, lambda step: 14 if step <= 18 else 4)
     pruned.fit(batches, epochs=3, verbose=0, shuffle=False, callbacks=[kc.UpdatePruningStep(), weaken, steps])
     assert float(keras.ops.convert_to_numpy(augment.magnitude)) == 14
@@ -324,7 +327,7 @@ class Restore(keras.callbacks.Callback):
 
 def test_the_magnitude_is_that_of_a_restored_step_before_the_first_batch():
     augment, seen = kc.RandAugment(0, seed=0), []
-    augment(data()[0])
+    augment(data()[0], training=True)
     model = keras.Sequential([keras.Input((8, 8, 3)), net()])
     model.compile("sgd", LOSS)
     weaken = kc.MagnitudeScheduler(augment, lambda step: 14 if step < 20 else 4)

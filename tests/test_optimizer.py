@@ -240,6 +240,21 @@ def test_looking_at_a_model_does_not_prune_it():
     assert kc.sparsity(model) == pytest.approx(0.75, abs=0.01)
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("schedule", [None, kc.ConstantSparsity(0.75, 0, 0)])
+def test_masks_are_those_of_the_weights_at_the_first_update_also_after_a_look_at_others(schedule):
+    dense, model = net(), net()
+    given = (kc.prune_now(dense, 0.75) if schedule is None else dense).get_weights()
+    model.compile(kc.PruningOptimizer(keras.optimizers.SGD(1e-5), schedule), LOSS)
+    model.evaluate(*data(8), verbose=0)
+    model.set_weights(given)
+    fit(model)
+    expected = kc.prune_now(dense, 0.75)
+    for ours, theirs in zip(model.trainable_variables, expected.trainable_variables, strict=True):
+        if len(ours.shape) > 1:
+            np.testing.assert_array_equal(ops.convert_to_numpy(ours) != 0, ops.convert_to_numpy(theirs) != 0)
+
+
 @pytest.mark.filterwarnings("ignore:Layer InputLayer does not have a `quantize` method")
 @pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer")  # Keras', of the moments
 @pytest.mark.filterwarnings("ignore:The masks in this file are of other kernels")
@@ -618,7 +633,7 @@ def test_the_clock_of_several_optimizers_is_that_of_the_one_that_prunes():
     rest = {".*bias": keras.optimizers.SGD(0.1)}
     model.compile(keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(optimizer, rest)), LOSS)
     magnitudes, augment = [], kc.RandAugment(0)
-    augment(np.zeros((1, 8, 8, 3), "uint8"))
+    augment(np.zeros((1, 8, 8, 3), "uint8"), training=True)
     follow = kc.MagnitudeScheduler(augment, lambda step: magnitudes.append(step) or step)
     fit(model, callbacks=[follow])
     assert magnitudes[-1] == int(ops.convert_to_numpy(optimizer.iterations)) > 0

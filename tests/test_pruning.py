@@ -898,12 +898,43 @@ def test_a_schedule_that_returns_percent_is_refused_when_it_is_due():
 
 
 def test_pruning_at_once_takes_what_is_allowed_in_blocks():
-    small = kc.prune_now(small_net(), 0.5, block_size=(2, 1), allow=lambda variable: variable.path == "head/kernel")
+    small = kc.prune_now(
+        small_net(), 0.5, block_size=(2, 1), allow=lambda variable: variable.path.endswith("head/kernel")
+    )
     zero = {
         layer.name: keras.ops.convert_to_numpy(layer.kernel) == 0 for layer in small.layers if hasattr(layer, "kernel")
     }
     assert {name: each.mean() for name, each in zero.items()} == {"conv": 0, "depthwise": 0, "head": 0.5}
     np.testing.assert_array_equal(zero["head"][::2], zero["head"][1::2])
+
+
+class Nameless(layers.Layer):
+    """Takes no name, so that Keras' config of it makes a layer of another one."""
+
+    def __init__(self, units):
+        super().__init__()
+        self.units = units
+
+    def build(self, shape):
+        self.kernel = self.add_weight(shape=(shape[-1], self.units), name="kernel")
+
+    def call(self, inputs):
+        return keras.ops.matmul(inputs, self.kernel)
+
+    def get_prunable_weights(self):
+        return [self.kernel]
+
+
+def test_what_is_allowed_is_asked_of_the_model_itself_whose_layers_names_a_copy_keeps():
+    head = keras.Sequential([Nameless(4), layers.Dense(4, name="logits")], name="head")
+    model = keras.Sequential([layers.Dense(5, name="first"), head], name="net")
+    model(np.ones((1, 3)))  # a model of which the inputs are not known puts its name in front of the paths of its parts
+    asked = []
+    small = kc.prune_now(model, 0.5, allow=lambda each: asked.append(each.path) or "head" not in each.path)
+    assert asked == [each.path for each in model.weights]
+    assert [layer.name for layer in small.layers[1].layers] == [layer.name for layer in head.layers]
+    zeros = [np.mean(keras.ops.convert_to_numpy(each) == 0) for each in small.weights if len(each.shape) == 2]
+    assert zeros == [pytest.approx(0.5, abs=0.1), 0, 0]
 
 
 @pytest.mark.parametrize("make", [kc.prune_low_magnitude, lambda model: kc.prune_now(model, 0.5), kc.strip_pruning])
