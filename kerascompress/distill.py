@@ -326,6 +326,8 @@ class Distiller(keras.Model):
     def train_step(self, *args):
         """Keras' own step, on the candidates that were chosen."""
         images, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(args[-1])
+        if not hasattr(images, "shape"):
+            raise ValueError(f"The Distiller trains with one tensor of images. Received: a {type(images).__name__}.")
         if len(args) == 1:
             return super().train_step((self._choose(images, labels), labels, sample_weight))
         # on the JAX backend the state of the random seeds comes in and goes out
@@ -446,6 +448,12 @@ def _check_classifier(name, model):
     """Returns the shape of an image and the number of logits of a model that can be distilled."""
     if not isinstance(model, keras.Model):
         raise TypeError(f"`{name}` must be a keras.Model. Received: {name}={model!r}.")
+    if getattr(model, "preprocessor", None) is not None:
+        raise ValueError(
+            f"The Distiller calls `{name}` itself, and so not its preprocessor, which its own fit and predict put in "
+            f"front of it. Received: {model.name!r} with preprocessor={model.preprocessor!r}. Set `preprocessor` to "
+            "None, and do what it does in the model: `keras.Sequential([keras.layers.Rescaling(...), model])`."
+        )
     shape = getattr(model, "input_shape", None) or (model.get_build_config() or {}).get("input_shape")
     if not isinstance(shape, tuple | list) or not all(size is None or isinstance(size, int) for size in shape):
         raise ValueError(

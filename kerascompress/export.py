@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import numpy as np
 from kerascompress import graph, latency, litert
 from kerascompress.costs import Summary, facts
 from kerascompress.pruning import check_countable, kernels_of, strip_pruning
+from kerascompress.wrapper import wrappers_in
 
 # Largest difference of an output as a fraction of its largest value, by quantisation. On a GPU, convolutions in float32
 # round to 10 bits of mantissa.
@@ -138,8 +140,8 @@ def export_litert(
     In float32 and float16, kernels with 30 % zeros or more are stored in LiteRT's sparse format, so the file itself
     shrinks. What runs faster, too: dense layers pruned in `block_size=(4, 1)`, from about .7 on and for batches of a
     few rows, not (1, 4) and not single weights; what `LatencyPolicy` prunes, on Arm; and channels that are gone
-    (`prune_channels`), everywhere. With int8, and with float16 where a dense layer is in blocks, nothing is stored
-    sparsely, because LiteRT computes garbage then.
+    (`prune_channels`), everywhere. With int8, and with float16 where a dense layer is in blocks or a transposed
+    convolution has zeros, nothing is stored sparsely, because LiteRT computes garbage then.
 
     Args:
         model: As for `export_saved_model`. One of mixed precision is written in float32, in which its weights are.
@@ -187,7 +189,7 @@ def export_litert(
         weights = _write_saved_model(small, batches, saved_model)
         samples = functools.partial(litert.batches, named, _batch_size(small) or 1)
         kernels = [kernel for kernel in kernels_of(small) if any(kernel is weight for weight in weights)]
-        sparse = latency.stores_sparsely(kernels, quantize)
+        sparse = latency.stores_sparsely(small, kernels, quantize)
         new.write_bytes(litert.convert(saved_model, quantize, samples, sparse=sparse))
         checked = _checked(model, litert.run(new, named), expected, quantize)
         report = _report(small, weights, new, checked)
@@ -227,12 +229,22 @@ def _check_and_strip(model, images) -> tuple[keras.Model, list[np.ndarray], dict
     """The stripped model, a batch for each input, and the outputs that the artifact must give for them, by name."""
     if isinstance(model, keras.Model) and not model.built:
         raise ValueError(f"Build or call the model before exporting it. Received: {model.name!r}, which is not built.")
-    small = strip_pruning(model)
-    if not graph.is_graph(small):
+    if isinstance(model, keras.Model) and not graph.is_graph(model):
         raise ValueError(
             "A subclassed model does not tell what its inputs are. "
             f"Received: {model.name!r} of type {type(model).__name__}. Export one around it: "
             "`inputs = keras.Input(shape)`, then `keras.Model(inputs, model(inputs))`."
+        )
+    try:
+        small = strip_pruning(model)
+    except graph.CopyError:
+        if any(wrappers_in(model)):
+            raise
+        small = model
+    if getattr(model, "preprocessor", None) is not None:
+        warnings.warn(
+            f"The preprocessor of {model.name!r} is no part of the exported network, which takes what comes out of it.",
+            stacklevel=3,
         )
     graph.check_calls(small)
     check_countable(small)
@@ -399,7 +411,7 @@ def _write_saved_model(model, batches, folder) -> list[keras.Variable]:
             return model(images, training=False)
 
     if keras.backend.backend() == "jax":
-        forward = _in_tensorflow(forward, model)
+        forward = _in_tensorflow(forward, model, weights)
     module = tf.Module()
     module.weights = [
         tf.Variable(keras.ops.convert_to_numpy(weight.value), trainable=False, name=weight.path) for weight in weights
@@ -423,17 +435,33 @@ def _write_saved_model(model, batches, folder) -> list[keras.Variable]:
     return weights
 
 
-def _in_tensorflow(forward, model):
+def _in_tensorflow(forward, model, weights):
     """A function of weights and images in JAX as one of TensorFlow, for every size that the model leaves open."""
+    import jax
     from jax.experimental import jax2tf
 
-    def free(i, shape):  # the batch is one for all inputs
-        sizes = ["batch" if axis == 0 else f"size{i}_{axis}" for axis in range(len(shape))]
+    def free(i, shape, name):  # the batch is one for all inputs
+        sizes = ["batch" if axis == 0 else name.format(i=i, axis=axis) for axis in range(len(shape))]
         return f"({', '.join(str(size or name) for size, name in zip(shape, sizes, strict=True))})"
 
+    def traces(symbols):
+        scope = jax.export.SymbolicScope()
+        shapes = [jax.export.symbolic_shape(each, scope=scope) for each in symbols]
+        images = [jax.ShapeDtypeStruct(*each) for each in zip(shapes, (x.dtype for x in model.inputs), strict=True)]
+        values = [jax.ShapeDtypeStruct(tuple(each.shape), each.dtype) for each in weights]
+        try:
+            jax.eval_shape(forward, values, _structured(model, images))
+        except Exception:  # whatever a layer may raise
+            return False
+        return True
+
+    # sizes of its own for each input, unless the model puts inputs together, as TensorFlow finds out when it computes
+    names = ("size{i}_{axis}", "size{axis}")
+    symbols = [[free(i, shape, name) for i, shape in enumerate(_shapes(model))] for name in names]
+    apart, alike = symbols
     return jax2tf.convert(
         forward,
-        polymorphic_shapes=[None, _structured(model, [free(i, shape) for i, shape in enumerate(_shapes(model))])],
+        polymorphic_shapes=[None, _structured(model, apart if apart == alike or traces(apart) else alike)],
         with_gradient=False,
         native_serialization_platforms=("cpu", "cuda"),  # wherever it was trained
     )

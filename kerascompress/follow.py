@@ -61,7 +61,7 @@ def _dense(layer, x, labels):
 
 
 def _normalisation(layer, x, labels):
-    names = ("gamma", "beta", "moving_mean", "moving_variance")
+    names = ("gamma", "beta", "moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev")
     return Cut(x, {name: {-1: x} for name in (("scale",) if type(layer) is layers.RMSNormalization else names)})
 
 

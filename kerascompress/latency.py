@@ -20,6 +20,7 @@ ELEMENTWISE = (
     *(layers.Activation, layers.Dropout, layers.Identity, layers.Rescaling),
 )
 ELEMENTWISE_OPS = ("Add", "Multiply", "Relu", "Relu6", "Sigmoid", "HardSigmoid", "HardSilu", "LeakyRelu", "Elu", "Tanh")
+TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
 OUTSIDE, INSIDE = "outside", "inside"
 
 
@@ -174,20 +175,31 @@ def _padding(layer) -> int:
 # --- the report ---
 
 
-def stores_sparsely(kernels: list[keras.Variable], quantize: str | None) -> bool:
+def stores_sparsely(model: keras.Model, kernels: list[keras.Variable], quantize: str | None) -> bool:
     """Whether LiteRT can run a file in which kernels with many zeros are stored sparsely.
 
-    With int8 it computes garbage, or fails to begin. With float16 it reads kernels in blocks as if they were float32.
+    With int8 it computes garbage, or fails to begin. With float16 it reads kernels in blocks, and those of transposed
+    convolutions, as if they were float32.
     """
     if quantize != "float16":
         return quantize is None
-    return not any(len(kernel.shape) == 2 and _in_blocks(as_array(kernel)) for kernel in kernels)
+    transposed = {id(layer.kernel) for layer in graph.walk(model) if isinstance(layer, TRANSPOSED) and layer.built}
+
+    def fails(kernel):
+        weights = as_array(kernel)
+        if id(kernel) in transposed:
+            return (weights == 0).mean() >= LEAST_SPARSITY
+        flat = (weights.reshape(len(weights), -1), weights.reshape(-1, weights.shape[-1]))  # as attention multiplies
+        return weights.ndim in (2, 3) and any(map(_in_blocks, flat))
+
+    return not any(map(fails, kernels))
 
 
 def execution(model: keras.Model, kernels: list[keras.Variable], quantize: str | None) -> list[str]:
     """For each kernel, whether LiteRT executes its zeros sparsely, only stores them so, or neither, and why."""
-    if not stores_sparsely(kernels, quantize):
-        what = "float16 and blocks of zeros" if quantize == "float16" else "int8 and sparse storage"
+    if not stores_sparsely(model, kernels, quantize):
+        half = "float16 and zeros in blocks or in transposed convolutions"
+        what = half if quantize == "float16" else "int8 and sparse storage"
         return [f"dense: LiteRT cannot run {what}"] * len(kernels)
     cluster = find_cluster(model)
     ones = [as_array(layer.kernel) for layer in cluster.layers]
@@ -200,8 +212,8 @@ def execution(model: keras.Model, kernels: list[keras.Variable], quantize: str |
 def _verdict(weights: np.ndarray, is_dense: bool, in_cluster: bool, zeros_of_cluster: float) -> str:
     if (weights == 0).mean() < LEAST_SPARSITY:
         return f"dense: fewer than {LEAST_SPARSITY:.0%} zeros"
-    if weights.ndim not in (2, 4):
-        return f"dense: LiteRT stores kernels of 2 or 4 axes sparsely, not of {weights.ndim}"
+    if weights.ndim > 4:
+        return f"dense: LiteRT stores kernels of up to 4 axes sparsely, not of {weights.ndim}"
     if in_cluster and zeros_of_cluster > LEAST_IN_CLUSTER:
         return "sparse: by XNNPACK on Arm, RISC-V and WASM; only stored on x86"
     if in_cluster:

@@ -188,7 +188,13 @@ def extend(
             f"needs a layer 'head' or 'pool' that follows them. Received: features={features!r} for {model.name!r} "
             f"with the layers {names}. If the network is one of these layers, extend that one and put it back."
         )
+    if block is None and any(getattr(each, "data_format", "") == "channels_first" for each in graph.walk(model)):
+        raise ValueError(
+            "The extra blocks take channels last. "
+            f"Received: {model.name!r} with channels first. Pass a builder of your own: `block=`."
+        )
     settings = {"weight_decay": _weight_decay(model), "seed": seed}
+    policy = model.get_layer(features or behind).dtype_policy
     inputs: list[Any] = []
 
     def append(x):
@@ -198,7 +204,12 @@ def extend(
                 "`extend` needs a place that one tensor passes once. "
                 f"Received: {features or behind!r} of {model.name!r}, {len(inputs)} times, with {x}."
             )
-        return _with_blocks(x, extra_blocks, block, features or behind, **settings)
+        earlier = keras.config.dtype_policy()
+        try:
+            keras.config.set_dtype_policy(policy)
+            return _with_blocks(x, extra_blocks, block, features or behind, **settings)
+        finally:
+            keras.config.set_dtype_policy(earlier)
 
     def call(old, layer, *args, **kwargs):
         if old.name == behind:

@@ -28,8 +28,8 @@ class MagnitudeSearch:
     Attributes:
         optimal: The magnitude with the highest mean score, the smallest of several. It is never `None`: whether
             augmentation helps at all, `scores[None]` tells.
-        maximal: The largest magnitude whose mean score is not below that of no RandAugment after as many epochs; `None`
-            if there is none, and then the network does better without.
+        maximal: The largest magnitude, of those tried, whose mean score is not below that of no RandAugment after as
+            many epochs; `None` if there is none, and then the network does better without.
         scores: `{magnitude: (score with each seed, ...)}` after the longest training that the magnitude got. The key
             `None` is no RandAugment.
         trials: `{(magnitude, epochs, seed): score}`, all of them, in the order in which they were asked for.
@@ -137,14 +137,20 @@ def search_magnitude(
             "Try a lower learning rate, and look at what `train_and_score` returns."
         )
     tried = sorted(each for each in longest if each is not None)
+    finite = [each for each in tried if mean(each, longest[each]) > -math.inf]
+    harmless = [each for each in finite if mean(each, longest[each]) >= mean(None, longest[each])]
     if (optimal == tried[0] != choice[0]) or (optimal == tried[-1] != choice[-1]):
         warnings.warn(
             f"The optimal magnitude {optimal} lies at the edge of what was tried, {tried[0]} to {tried[-1]}: this "
             "network is not like the one behind the prediction. Search again without `sparsity`.",
             stacklevel=2,
         )
-    finite = [each for each in tried if mean(each, longest[each]) > -math.inf]
-    harmless = [each for each in finite if mean(each, longest[each]) >= mean(None, longest[each])]
+    elif harmless and harmless[-1] == tried[-1] != choice[-1]:
+        warnings.warn(
+            f"The maximal magnitude {harmless[-1]} is the largest that was tried, of those around the prediction: a "
+            "larger one may do no harm either. Search again without `sparsity`.",
+            stacklevel=2,
+        )
     return MagnitudeSearch(
         optimal=optimal,
         maximal=max(harmless, default=None),
@@ -182,7 +188,7 @@ def validation_score(
         batch_size: Images at a time; a dataset has its own.
 
     Returns:
-        The score.
+        The score; NaN where an output is, as of a network that has diverged.
 
     Raises:
         ValueError: If `metric` is another, there is no image, no label for every image or one that is no class, the
@@ -208,7 +214,7 @@ def validation_score(
         _check_classifier(model, logits, classes)
         logits = np.asarray(logits, "float64")
         if metric == "accuracy":
-            scores.append(logits.argmax(-1) == classes)
+            scores.append(np.where(np.isnan(logits).any(-1), np.nan, logits.argmax(-1) == classes))
         else:
             logits -= logits.max(-1, keepdims=True)
             scores.append(logits[np.arange(len(classes)), classes] - np.log(np.exp(logits).sum(-1)))

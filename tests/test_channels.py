@@ -182,7 +182,7 @@ def one_dimension():
     net = [
         layers.Rescaling(0.02, -2.0),
         layers.Conv1D(8, 3),
-        layers.BatchNormalization(),
+        layers.BatchNormalization(renorm=True),
         layers.ReLU(),
         layers.DepthwiseConv1D(3),
     ]

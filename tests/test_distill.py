@@ -740,10 +740,19 @@ def probabilities(how):
     return keras.Model(x, how(logits))
 
 
+def preprocessed():
+    model = classifier()
+    model.preprocessor = keras.layers.Rescaling(1 / 255)  # as those of keras-hub, which its `fit` calls
+    return model
+
+
 @pytest.mark.once("jax")
 @pytest.mark.parametrize(
     ("build", "message"),
     [
+        (lambda: distiller(teacher=preprocessed()), "calls `teacher` itself, and so not its preprocessor.*to None"),
+        (lambda: distiller(student=preprocessed()), "calls `student` itself, and so not its preprocessor.*to None"),
+        (lambda: distiller().fit({"images": data()[0]}, data()[1]), "one tensor of images. Received: a dict"),
         (lambda: distiller(teacher=classifier(classes=7)), "same number of logits.*Received: 7 of the teacher, 5 of"),
         (lambda: distiller(teacher=classifier(size=16)), r"same images. Received: \(16, 16, 3\) of the teacher"),
         (lambda: distiller(teacher=classifier(activation="softmax")), "`teacher` must give logits.*ends in softmax"),

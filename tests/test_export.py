@@ -13,7 +13,7 @@ import pytest
 from kerascompress import export, litert, models
 from kerascompress.augment import RandAugment
 from kerascompress.export import export_litert, export_saved_model
-from kerascompress.pruning import prune_low_magnitude, strip_pruning
+from kerascompress.pruning import prune_low_magnitude, prune_now, strip_pruning
 from kerascompress.wrapper import PruneLowMagnitude, update_masks
 
 pytestmark = pytest.mark.skipif(
@@ -331,7 +331,7 @@ def test_quantised_files_are_as_small_and_as_exact_as_their_numbers(tmp_path, qu
 @pytest.mark.parametrize(
     ("quantize", "reason"),
     [
-        ("float16", "dense: LiteRT cannot run float16 and blocks of zeros"),
+        ("float16", "dense: LiteRT cannot run float16 and zeros in blocks or in transposed convolutions"),
         ("dynamic", "dense: LiteRT cannot run int8 and sparse storage"),
         ("int8", "dense: LiteRT cannot run int8 and sparse storage"),
     ],
@@ -341,6 +341,36 @@ def test_sparse_storage_that_litert_cannot_run_is_never_written(tmp_path, quanti
     report = export_litert(dense_network((4, 1), 0.9), tmp_path / "net.tflite", images=x, quantize=quantize)
     assert set(executions(report).values()) == {reason}
     assert sparse_tensors(tmp_path / "net.tflite") == {}
+
+
+def one_kind(layer, *shape):
+    inputs = keras.Input(shape)
+    x = layer(inputs, inputs) if isinstance(layer, keras.layers.MultiHeadAttention) else layer(inputs)
+    return keras.Model(inputs, keras.layers.Dense(3)(keras.layers.Flatten()(x)))
+
+
+@pytest.mark.tensorflow_only  # says the same on every backend
+@pytest.mark.parametrize("quantize", [None, "float16"])
+@pytest.mark.parametrize(
+    ("layer", "shape", "sparsity"),
+    [
+        (keras.layers.Conv1D(64, 3), (16, 32), 0.8),
+        (keras.layers.EinsumDense("abc,cde->abde", (16, 4, 32)), (16, 64), 0.8),
+        (keras.layers.MultiHeadAttention(4, 16), (8, 64), 0.8),
+        (keras.layers.MultiHeadAttention(4, 16), (8, 64), 0.98),  # few enough to look like blocks
+        (keras.layers.Conv2DTranspose(32, 3, strides=2), (8, 8, 16), 0.8),
+        (keras.layers.Conv3D(32, 3), (4, 4, 4, 16), 0.8),
+    ],
+    ids=lambda each: type(each).__name__ if isinstance(each, keras.Layer) else str(each),
+)
+def test_what_is_stored_sparsely_is_what_the_report_says(tmp_path, layer, shape, sparsity, quantize):
+    model = prune_now(one_kind(layer, *shape), sparsity, allow=lambda variable: "kernel" in variable.name)
+    x = images(4, *shape) / 128 - 1
+    report = export_litert(model, tmp_path / "net.tflite", images=x, quantize=quantize)
+    *ours, _ = executions(report).values()
+    (of_layer,) = {verdict.partition(":")[0] for verdict in ours}
+    stored = sum(kernel["weights"] for kernel in report.kernels) * (2 if quantize else 4)
+    assert (report.raw_bytes < 0.85 * stored) == (of_layer == "stored")
 
 
 @pytest.mark.tensorflow_only  # says the same on every backend
@@ -604,6 +634,38 @@ def test_models_that_cannot_be_exported_are_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             export_saved_model(model, tmp_path / "net")
     assert not everything_in(tmp_path)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_several_inputs_of_free_size_go_together_or_apart(tmp_path, together):
+    inputs = [keras.Input((None, None, 1), name=name) for name in "ab"]
+    net = keras.layers.Conv2D(2, 3, padding="same")
+    if together:
+        x = keras.layers.GlobalAveragePooling2D()(net(keras.layers.Concatenate()(inputs)))
+    else:
+        x = keras.layers.Add()([keras.layers.GlobalAveragePooling2D()(net(each)) for each in inputs])
+    model = keras.Model(inputs, x)
+    sizes = (7, 7) if together else (7, 9)
+    given = [images(3, size, size + 1, 1) for size in sizes]
+    export_saved_model(model, tmp_path / "net", images=given)
+    np.testing.assert_allclose(serve(tmp_path / "net", given), outputs(model, given), rtol=1e-4)
+
+
+def test_a_model_that_needs_no_copy_is_exported_though_it_has_none(tmp_path):
+    class Closed(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense, offset = keras.layers.Dense(2), 3
+            self.function = lambda x: x + offset
+
+        def call(self, x):
+            return self.function(self.dense(x))
+
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, Closed()(inputs))
+    export_saved_model(model, tmp_path / "net")
+    with pytest.raises(ValueError, match="does not tell what its inputs are"):
+        export_saved_model(model.layers[-1], tmp_path / "other")
 
 
 @pytest.mark.once

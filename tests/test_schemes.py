@@ -297,6 +297,24 @@ def test_a_sequential_network_is_extended():
     np.testing.assert_array_equal(outputs(kc.discard(large)), outputs(model))
 
 
+def test_further_blocks_compute_as_precisely_as_the_place_where_they_stand():
+    inputs = keras.Input((8, 8, 3))
+    features = layers.Conv2D(4, 3, name="conv", dtype="mixed_bfloat16")(inputs)
+    model = keras.Model(inputs, layers.GlobalAveragePooling2D(name="pool", dtype="float32")(features))
+    large = kc.extend(model, 1, features="conv")
+    assert large.get_layer("extra_block0_conv1").compute_dtype == "bfloat16"
+    assert keras.config.dtype_policy().name == "float32"
+
+
+def test_channels_first_needs_a_block_of_ones_own():
+    inputs = keras.Input((3, 8, 8))
+    features = layers.Conv2D(8, 3, padding="same", data_format="channels_first", name="conv")(inputs)
+    model = keras.Model(inputs, layers.GlobalAveragePooling2D(data_format="channels_first", name="pool")(features))
+    with pytest.raises(ValueError, match=r"with channels first. Pass a builder of your own: `block=`"):
+        kc.extend(model, 1)
+    kc.extend(model, 1, block=lambda x, filters, **settings: layers.Activation("relu")(x))
+
+
 def test_state_that_is_no_weight_is_kept():
     adapted = layers.Normalization(name="normalization")
     adapted.adapt(images())

@@ -151,9 +151,9 @@ def test_the_last_rung_is_a_whole_training_and_no_rung_is_empty(count, epochs):
     [(0.0, range(9, 22)), (0.4, range(2, 15)), (0.95, range(13))],
 )
 def test_a_sparsity_begins_the_search_around_the_line_through_the_papers_optima(sparsity, tried):
-    result = search(peak(min(tried) + 5, 30), range(31), epochs=9, halving=True, sparsity=sparsity)
+    result = search(peak(min(tried) + 5, min(tried) + 8), range(31), epochs=9, halving=True, sparsity=sparsity)
     assert set(result.scores) == {None, *tried}
-    assert result.optimal == min(tried) + 5
+    assert (result.optimal, result.maximal) == (min(tried) + 5, min(tried) + 8)
     assert result.epochs_exhaustive == 32 * 9
 
 
@@ -162,7 +162,13 @@ def test_an_optimum_at_the_edge_of_what_was_tried_is_told():
         assert search(peak(25, 30), range(31), epochs=9, halving=True, sparsity=0.4).optimal == 14
     with pytest.warns(UserWarning, match="9 to 21: .*without `sparsity`"):
         assert search(peak(0, 30), range(31), epochs=9, halving=True, sparsity=0.0).optimal == 9
-    assert search(peak(0, 30), range(31), epochs=9, halving=True, sparsity=0.9).optimal == 0  # that is the very edge
+    assert search(peak(0, 9), range(31), epochs=9, halving=True, sparsity=0.9).optimal == 0  # that is the very edge
+
+
+def test_a_maximum_at_the_edge_of_what_was_tried_is_told():
+    with pytest.warns(UserWarning, match="The maximal magnitude 21 is the largest that was tried"):
+        result = search(peak(14, 30), range(31), epochs=9, halving=True, sparsity=0.0)
+    assert (result.optimal, result.maximal) == (14, 21)
 
 
 # --- the file ---
@@ -230,6 +236,13 @@ def test_scores_of_other_epochs_are_not_taken_for_these(tmp_path):
 
 
 # --- the score ---
+
+
+def test_a_network_that_has_diverged_has_no_accuracy():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
+    model.layers[0].kernel.assign(np.full((2, 3), np.nan))
+    for metric in ("accuracy", "cross_entropy"):
+        assert np.isnan(kc.validation_score(model, np.ones((4, 2)), np.zeros(4, int), metric=metric))
 
 
 def test_the_score_is_minus_the_objective_of_equation_3_or_the_accuracy():
