@@ -33,8 +33,8 @@ def prune_channels(
     the normalisation, of the depthwise kernel and of every kernel that reads it. Inputs and outputs keep their shapes.
     Layers keep their names. What cannot be followed is left whole, with a warning that names it. If all that has been
     removed was zero, kernels and BatchNorm's scale and shift, the outputs are those of `model`; but not where channels
-    are normalised together, by LayerNormalization, RMSNormalization or groups of GroupNormalization: there, zeros
-    count in mean and variance.
+    are normalised together, by LayerNormalization, RMSNormalization or groups of GroupNormalization, where zeros count
+    in mean and variance, and not behind an activation that is not 0 at 0, such as sigmoid.
 
     Args:
         model: A built Sequential or Functional model, nested ones included. It is left as it is.

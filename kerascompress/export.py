@@ -182,6 +182,12 @@ def export_litert(
             f"Received: {quantized} in {model.name!r}. Export the float model, with `quantize`."
         )
     small, batches, expected = _check_and_strip(model, images)
+    loops = [layer.name for layer in graph.walk(small) if isinstance(layer, keras.layers.RNN) and not layer.unroll]
+    if quantize == "int8" and loops:
+        raise ValueError(
+            "LiteRT's calibration breaks down, and the process with it, in recurrent layers that are loops. "
+            f"Received: {loops} in {model.name!r}. Build them with `unroll=True`, or take quantize='dynamic'."
+        )
     named = dict(zip(_input_names(small), batches, strict=True))
     new_files = [_staged(each, overwrite) for each in (path, path.with_name(path.name + ".json"))]
     with _in_float32(small, batches), new_files[0] as new, new_files[1] as new_report:

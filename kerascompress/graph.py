@@ -407,6 +407,10 @@ def _assign(new: keras.Layer, old: keras.Layer) -> None:
         for variable, other in zip(new.variables, old.variables, strict=True):
             if variable.trainable != other.trainable:
                 variable.trainable = other.trainable
+            for name in ("regularizer", "constraint"):  # those that were given to the variable itself, or taken from it
+                value = getattr(other, name)
+                if (value is None) != (getattr(variable, name) is None):
+                    setattr(variable, name, getattr(value, "unmasked", value))
     for each in walk(new):
         if isinstance(each, keras.Model):
             each.compiled = False
@@ -440,7 +444,7 @@ def _with_parts_copied(model: keras.Model, copy_part: Callable[[Any], Any]) -> A
             for field in dataclasses.fields(value):
                 object.__setattr__(new_value, field.name, part(name, getattr(value, field.name)))
             return new_value
-        if isinstance(value, keras.random.SeedGenerator):
+        if isinstance(value, keras.random.SeedGenerator | keras.Metric | keras.Loss | keras.Optimizer):
             return type(value).from_config(value.get_config())
         if isinstance(value, keras.Variable):
             variable = type(value)(keras.ops.convert_to_numpy(value.value), dtype=value.dtype, name=value.name)
@@ -518,6 +522,13 @@ def _copy_operation(operation: Any) -> Any:
         return operation
 
 
+def _variables_in(values: Any) -> list[keras.Variable]:
+    """The variables among values, and those of the layers among them."""
+    flat = keras.tree.flatten(values)
+    found = [each.variables if isinstance(each, keras.Layer) else [each] for each in flat]
+    return [each for some in found for each in some if isinstance(each, keras.Variable)]
+
+
 # --- rebuilding ---
 
 
@@ -546,10 +557,21 @@ def rebuild(
     """
     new_of: dict[int, Any] = {}
     owners: dict[int, Any] = {}  # of variables
+    own = {id(variable): variable.path for variable in model.variables}
     copy_input = replace_input or _copy_operation
+
+    def check_tied(old: Any, values: Any) -> None:
+        if tied := [own[id(value)] for value in _variables_in(values) if id(value) in own]:
+            raise CopyError(
+                f"{old.name!r} of {model.name!r} computes with the weight {tied[0]!r} of another layer, and its copy "
+                "would go on with that of the model that is copied. `PruningOptimizer` needs no copy."
+            )
 
     def remake(old: Any) -> Any:
         if id(old) not in new_of:
+            if isinstance(old, keras.layers.Lambda) and isinstance(old.function, types.FunctionType):
+                names = inspect.getclosurevars(old.function)
+                check_tied(old, [*names.nonlocals.values(), *names.globals.values()])
             if _is_plain(old) or (is_graph(old) and not whole):
                 new_of[id(old)] = assemble(old)
             else:
@@ -572,6 +594,7 @@ def rebuild(
         function = _function(old)
 
         def call_fn(operation, *args, **kwargs):
+            check_tied(operation, (args, kwargs))
             new = remake(operation)
             return new(*args, **kwargs) if call is None else call(operation, new, *args, **kwargs)
 

@@ -62,8 +62,9 @@ def convert(saved_model: Path, quantize: str | None, samples: Callable[[], Any],
         except Exception as error:  # the converter's own class is in no public module
             if "TensorList" in str(error):
                 raise RuntimeError(
-                    "LiteRT's converter takes recurrent layers with `unroll=True`, or in a Functional model with a "
-                    "fixed batch: `keras.Input(shape, batch_size=1)`. Received: a loop over a batch of any size."
+                    "LiteRT's converter takes recurrent layers with `unroll=True`, or, but for int8, in a Functional "
+                    "model with a fixed batch: `keras.Input(shape, batch_size=1)`. Received: a loop over a batch of "
+                    "any size."
                 ) from error
             if keras.backend.backend() == "tensorflow":
                 raise

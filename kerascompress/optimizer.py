@@ -208,6 +208,12 @@ class PruningOptimizer(keras.optimizers.Optimizer):
                 variable.assign(store[name])
         elif not any(saved):  # no masks
             super().load_own_variables(store)
+        elif not self.built:
+            warnings.warn(
+                f"{self.name!r} is not built yet, so that the masks and the step in this file are not loaded, and it "
+                "begins anew. Call `model.optimizer.build(model.trainable_variables)` before `load_weights`.",
+                stacklevel=2,
+            )
         else:
             warnings.warn(
                 "The masks in this file are of other kernels than those that can be trained now: layers were frozen or "

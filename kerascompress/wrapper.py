@@ -261,11 +261,11 @@ class _OfMasked:
     """A regularizer that sees the kernel as the forward pass does."""
 
     def __init__(self, regularizer: Callable[[Any], Any], mask: keras.Variable):
-        self.regularizer = regularizer
+        self.unmasked = regularizer
         self.mask = mask
 
     def __call__(self, kernel):
-        return self.regularizer(kernel * ops.cast(self.mask.value, kernel.dtype))
+        return self.unmasked(kernel * ops.cast(self.mask.value, kernel.dtype))
 
 
 def update_masks(wrappers: list[PruneLowMagnitude], sparsity: float) -> None:

@@ -636,6 +636,14 @@ def test_models_that_cannot_be_exported_are_refused(tmp_path):
     assert not everything_in(tmp_path)
 
 
+@pytest.mark.once
+def test_a_loop_is_not_calibrated(tmp_path):
+    inputs = keras.Input((6, 4), batch_size=1)
+    model = keras.Model(inputs, keras.layers.Dense(3)(keras.layers.LSTM(4, name="loop")(inputs)))
+    with pytest.raises(ValueError, match=r"Received: \['loop'\].*`unroll=True`"):
+        export_litert(model, tmp_path / "net.tflite", images=images(8, 6, 4), quantize="int8")
+
+
 @pytest.mark.parametrize("together", [True, False])
 def test_several_inputs_of_free_size_go_together_or_apart(tmp_path, together):
     inputs = [keras.Input((None, None, 1), name=name) for name in "ab"]

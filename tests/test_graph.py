@@ -314,6 +314,65 @@ def test_what_cannot_be_copied_is_named():
         graph.copy(Unknown(layers.Dense(2), name="mine"))
 
 
+@pytest.mark.parametrize("how", ["argument", "closure"])
+def test_a_weight_that_another_layer_computes_with_is_not_left_behind(how):
+    encoder, inputs = layers.Dense(3, name="encoder"), keras.Input((5,))
+    code = encoder(inputs)
+    if how == "argument":
+        outputs = ops.einsum("bi,oi->bo", code, encoder.kernel)
+    else:
+        outputs = layers.Lambda(lambda x: ops.matmul(x, ops.transpose(encoder.kernel)))(code)
+    model = keras.Model(inputs, outputs)
+    for change in (kc.prune_low_magnitude, lambda each: kc.prune_now(each, 0.5), kc.strip_pruning):
+        with pytest.raises(ValueError, match="computes with the weight 'encoder/kernel' of another layer"):
+            change(model)
+
+
+class Trained(keras.Model):
+    """With what a step of one's own needs as attributes, as in Keras' guides."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(2)
+        self.tracker = keras.metrics.Mean(name="loss")
+        self.compare = keras.losses.MeanSquaredError()
+        self.updates = keras.optimizers.Adam(0.01)
+
+    def call(self, inputs):
+        return self.dense(inputs)
+
+
+def test_metrics_losses_and_optimizers_of_a_subclassed_model_are_made_anew():
+    model = called(Trained())
+    model.tracker.update_state(3.0)
+    copy = graph.copy(model)
+    np.testing.assert_array_equal(outputs(copy), outputs(model))
+    assert float(copy.tracker.result()) == 0
+    assert copy.updates is not model.updates
+    assert float(ops.convert_to_numpy(copy.updates.learning_rate)) == pytest.approx(0.01)
+
+
+def test_what_was_given_to_a_weight_itself_is_kept():
+    model = keras.Sequential([keras.Input((5,)), layers.Dense(3), layers.Dense(2, kernel_regularizer="l2")])
+    first, second = (layer.kernel for layer in model.layers)
+    first.regularizer, first.constraint, second.regularizer = (
+        keras.regularizers.L2(0.1),
+        keras.constraints.NonNeg(),
+        None,
+    )
+
+    def penalty(net):
+        return float(ops.convert_to_numpy(ops.sum(ops.stack(net.losses))))
+
+    pruned = kc.prune_low_magnitude(model)  # its masks are ones as yet
+    for each in (kc.prune_now(model, 0.0), pruned, kc.strip_pruning(pruned), graph.copy(pruned)):
+        assert penalty(each) == pytest.approx(penalty(model))
+    first, second = (layer.kernel for layer in kc.strip_pruning(pruned).layers)
+    assert isinstance(first.regularizer, keras.regularizers.L2)
+    assert isinstance(first.constraint, keras.constraints.NonNeg)
+    assert second.regularizer is None
+
+
 def test_a_method_that_is_called_as_a_setting_is_not_taken_for_one():
     lookup = layers.IntegerLookup(max_tokens=9)  # has a `vocabulary_size`, and a setting of that name
     assert graph.config_of(lookup) == lookup.get_config()

@@ -288,6 +288,20 @@ def test_masks_of_other_kernels_are_named_and_not_loaded(tmp_path):
         keras.saving.load_model(tmp_path / "net.keras")
 
 
+@pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer")  # Keras', of the inner one
+def test_weights_are_loaded_with_masks_and_step_by_an_optimizer_that_is_built(tmp_path):
+    trained, late, resumed = (prune(net()) for _ in range(3))
+    fit(trained)
+    trained.save_weights(tmp_path / "net.weights.h5")
+    with pytest.warns(UserWarning, match=r"Call `model.optimizer.build\(model.trainable_variables\)` before"):
+        late.load_weights(tmp_path / "net.weights.h5")
+    resumed.optimizer.build(resumed.trainable_variables)
+    resumed.load_weights(tmp_path / "net.weights.h5")
+    assert int(ops.convert_to_numpy(resumed.optimizer.iterations)) == 8
+    for ours, theirs in zip(resumed.optimizer.pruning_vars, trained.optimizer.pruning_vars, strict=True):
+        np.testing.assert_array_equal(*(ops.convert_to_numpy(mask.value) for _, mask, _ in (ours, theirs)))
+
+
 def test_weights_of_the_optimizer_are_set_with_those_of_the_inner_one():
     one, other = (prune(net(), keras.optimizers.Adam(0.01)) for _ in range(2))
     for model in (one, other):
