@@ -14,9 +14,9 @@ import numpy as np
 
 from kerascompress import graph
 from kerascompress.augment import check_driven, check_in_model
-from kerascompress.masks import as_array
+from kerascompress.masks import as_array, warn_of_zeros
 from kerascompress.pruning import optimizers, pruning_vars, sparsity
-from kerascompress.schedules import last_due, warn_if_not_begun
+from kerascompress.schedules import evaluate, last_due, warn_if_not_begun
 from kerascompress.wrapper import PruneLowMagnitude, update_masks, wrappers_in
 
 
@@ -184,10 +184,15 @@ class UpdatePruningStep(StepCallback):
 
     def _follow(self, wrappers, last: int, now: int) -> None:
         """Updates the masks if a scheduled step lies in (last, now], and zeroes what is masked."""
-        if wrappers[0].rule.once:
+        rule, schedule = wrappers[0].rule, wrappers[0].pruning_schedule
+        if rule.once:
             due = (0, 0.0) if last < 0 else None
         else:
-            due = last_due(wrappers[0].pruning_schedule, last, now)
+            due = last_due(schedule, last, now)
+        if last < 0 and not rule.once:
+            is_due, sparsity = evaluate(schedule, 0)
+            kernels = [as_array(kernel) for wrapper in wrappers for kernel, _, _ in wrapper.pruning_vars]
+            warn_of_zeros(kernels, sparsity if is_due else None)
         if due or keras.backend.backend() != "jax" or self._is_due_next(wrappers[0], now):
             _ = self.model  # on JAX: brings the state back before it is read and changed
             if due:

@@ -74,6 +74,20 @@ def warn_of_collapse(sparsity: float, paths: list[str]) -> None:
         )
 
 
+def warn_of_zeros(kernels: list[np.ndarray], sparsity: float | None) -> None:
+    """Warns of zeros that a schedule, which begins at `sparsity`, or later where it is None, lets come back."""
+    zeros = sum(kernel.size - np.count_nonzero(kernel) for kernel in kernels if kernel.any())
+    share = zeros / sum(kernel.size for kernel in kernels)
+    if share > (sparsity or 0.0) + 1e-3:
+        begins = "is not due at step 0" if sparsity is None else f"begins at a sparsity of {sparsity:g}"
+        warnings.warn(
+            f"{share:.1%} of the weights to prune are zero already, and this schedule lets them all come back: it "
+            f"{begins}. To keep them, begin at their sparsity, at step 0, or train on with `PruningOptimizer` without "
+            "a schedule.",
+            stacklevel=3,
+        )
+
+
 # --- rules ---
 
 

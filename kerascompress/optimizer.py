@@ -14,7 +14,16 @@ from keras.distribution import TensorLayout
 from keras.src.utils.tracking import no_automatic_dependency_tracking  # as Keras' own LossScaleOptimizer needs it
 
 from kerascompress import schedules
-from kerascompress.masks import KERNEL_NAMES, Rule, as_array, check_allow, finite_weights, is_kernel, warn_of_collapse
+from kerascompress.masks import (
+    KERNEL_NAMES,
+    Rule,
+    as_array,
+    check_allow,
+    finite_weights,
+    is_kernel,
+    warn_of_collapse,
+    warn_of_zeros,
+)
 from kerascompress.schedules import Schedule, check_schedule, evaluate
 
 
@@ -183,7 +192,7 @@ class PruningOptimizer(keras.optimizers.Optimizer):
             return [kernel != 0 for kernel in kernels], [np.float32(0)] * len(kernels)
         due, sparsity = (False, 0.0) if schedule is None else evaluate(schedule, 0)
         if not self._is_late and not self.rule.once:
-            _warn_of_zeros(kernels, due, sparsity)
+            warn_of_zeros(kernels, sparsity if due else None)
         if due or self.rule.once:
             return self.rule(kernels, sparsity)
         return [abs(kernel) >= 0 for kernel in kernels], [np.float32(0)] * len(kernels)
@@ -322,10 +331,11 @@ class PruningOptimizer(keras.optimizers.Optimizer):
         # after an error, JAX leaves variables without values
         is_done = self.built and all(each._value is not None for each in self.variables)
         known = {id(each) for each in self._trainable_variables}
-        if is_done and var_list and not any(id(each) in known for each in var_list):
+        others = [variable.path for variable in var_list or () if id(variable) not in known]
+        if is_done and others:
             raise ValueError(  # on JAX, nothing tells before
-                "This `PruningOptimizer` has the masks of another model, with which the variables that it was given "
-                f"have been trained. Make one for each model. Received: {[variable.path for variable in var_list]}."
+                "This `PruningOptimizer` has the masks of another model, or of layers that were trainable before, with "
+                f"which other variables have been trained. Make a new one. Received: {others}."
             )
         self.inner_optimizer.finalize_variable_values(var_list)
         if is_done:
@@ -335,7 +345,7 @@ class PruningOptimizer(keras.optimizers.Optimizer):
     def get_config(self) -> dict[str, Any]:
         return {
             "name": self.name,
-            "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
+            "inner_optimizer": _serialized(self.inner_optimizer),
             "pruning_schedule": schedules.serialize(self.pruning_schedule, f"pruning_schedule of {self.name!r}"),
             "allow": schedules.serialize(self.allow, f"allow of {self.name!r}"),
             **dataclasses.asdict(self.rule),
@@ -351,16 +361,11 @@ class PruningOptimizer(keras.optimizers.Optimizer):
         return cls(inner, **functions, **config)
 
 
-def _warn_of_zeros(kernels, due: bool, sparsity: float) -> None:
-    zeros = sum(kernel.size - np.count_nonzero(kernel) for kernel in kernels if kernel.any())
-    share = zeros / sum(kernel.size for kernel in kernels)
-    if share > (sparsity if due else 0.0) + 1e-3:
-        warnings.warn(
-            f"{share:.1%} of the weights to prune are zero already, and this schedule lets them come back: it "
-            f"{f'begins at a sparsity of {sparsity:g}' if due else 'is not due at step 0'}. To keep them, begin at "
-            "their sparsity, at step 0, or pass no schedule.",
-            stacklevel=2,
-        )
+def _serialized(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
+    config = keras.saving.serialize_keras_object(optimizer)
+    if config["module"].startswith("keras.src.backend."):  # a class of Torch's, which is none on other backends
+        config["module"] = "keras.optimizers"
+    return config
 
 
 def _warn_of_dense_weights(variables, kernels) -> None:

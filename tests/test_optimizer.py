@@ -606,8 +606,19 @@ def test_an_optimizer_with_the_masks_of_another_model_is_an_error():
     first, second = prune(net()), net()
     fit(first)
     second.compile(first.optimizer, LOSS)
-    with pytest.raises((ValueError, KeyError), match=r"masks of another model|[Uu]nknown variable|not the ones"):
+    unknown = r"masks of another model|[Uu]nknown variable|not the ones"
+    with pytest.raises((ValueError, KeyError), match=unknown):
         fit(second)
+    swapped = keras.Sequential([keras.Input((4,)), *(layers.Dense(4, name=name) for name in "abc")])
+    _, b, c = swapped.layers
+    optimizer = kc.PruningOptimizer("sgd", kc.ConstantSparsity(0.5, 0))
+    c.trainable = False
+    swapped.compile(optimizer, "mse")
+    swapped.fit(np.ones((4, 4)), np.ones((4, 4)), verbose=0)
+    b.trainable, c.trainable = False, True
+    swapped.compile(optimizer, "mse")
+    with pytest.raises((ValueError, KeyError), match=unknown):
+        swapped.fit(np.ones((4, 4)), np.ones((4, 4)), verbose=0)
 
 
 def test_a_loss_scale_that_is_set_from_outside_is_the_inner_optimizers():

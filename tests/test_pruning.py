@@ -937,6 +937,22 @@ def test_what_is_allowed_is_asked_of_the_model_itself_whose_layers_names_a_copy_
     assert zeros == [pytest.approx(0.5, abs=0.1), 0, 0]
 
 
+@pytest.mark.once("jax")
+@pytest.mark.parametrize("begin", [0, 4])
+def test_a_schedule_of_wrappers_that_would_let_zeros_come_back_gets_a_warning(begin):
+    small = kc.prune_now(keras.Sequential([keras.Input((8,)), layers.Dense(4)]), 0.75)
+
+    def fit(schedule):
+        pruned = kc.prune_low_magnitude(small, schedule)
+        pruned.compile("sgd", "mse")
+        pruned.fit(np.ones((16, 8)), np.ones((16, 4)), batch_size=4, verbose=0, callbacks=[kc.UpdatePruningStep()])
+
+    begins = "begins at a sparsity of 0.5" if begin == 0 else "is not due at step 0"
+    with pytest.warns(UserWarning, match=rf"75.0% of the weights to prune are zero already.*{begins}"):
+        fit(kc.ConstantSparsity(0.5, begin))
+    fit(kc.ConstantSparsity(0.75, 0))
+
+
 @pytest.mark.parametrize("make", [kc.prune_low_magnitude, lambda model: kc.prune_now(model, 0.5), kc.strip_pruning])
 def test_a_frozen_backbone_stays_frozen_in_a_copy_and_thaws_there(make):
     backbone = keras.Sequential([keras.Input((4,)), layers.Dense(3)], name="sequential")
