@@ -126,6 +126,7 @@ def drifting(shape, steps, seed=0):
         yield flat.reshape(shape)
 
 
+@pytest.mark.filterwarnings("ignore:1.7% of the weights to prune are zero already")
 def test_layer_masks_equal_tfmots_element_for_element_at_every_step(tfmot):
     schedule = kc.PolynomialDecay(initial_sparsity=0.1, final_sparsity=0.83, begin_step=2, end_step=22, frequency=2)
     weights = list(drifting((3, 3, 5, 4), 30))
