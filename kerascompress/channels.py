@@ -248,6 +248,7 @@ def _without(model, followed: Followed, alive) -> keras.Model:
             for axis, labels in named.get(id(other), {}).items():
                 weights = np.compress(alive[labels], weights, axis=axis)
             one.assign(weights)
+            one.trainable, one.regularizer, one.constraint = other.trainable, other.regularizer, other.constraint
     return small
 
 

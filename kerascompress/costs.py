@@ -117,30 +117,35 @@ def facts(model: keras.Model, weights: list[keras.Variable]) -> dict[str, Any]:
 def _macs(model: keras.Model) -> dict[int, int | None]:
     """The multiplications with each kernel, by its id; None if those of one of its calls are not known."""
     found: dict[int, int | None] = {}
+    images = next((each.shape[0] for each in getattr(model, "inputs", None) or () if each.shape[0]), 1)
 
     def call(operation, tensors, node):
-        tensors = [each if _free(own) else own for own, each in zip(node.input_tensors, tensors, strict=True)]
         if graph.has_calls(operation):
             return graph.compute(operation, graph.entering(operation, tensors, node), call)
         outputs = _outputs(operation, tensors, node)
         layer = operation.layer if isinstance(operation, PruneLowMagnitude) else operation
         if not isinstance(layer, keras.Layer):
             return outputs
-        positions = _positions(layer, tensors[0].shape[1:], outputs[0].shape[1:])
+        positions = _times(_positions(layer, tensors[0].shape[1:], outputs[0].shape[1:]), outputs[0].shape[0])
         parts = {} if positions is not None else _positions_inside(layer, node, tensors)
         for kernel in kernels_of(layer):
             now, before = parts.get(id(kernel), positions), found.get(id(kernel), 0)
-            known = now is not None and before is not None
-            found[id(kernel)] = before + now * math.prod(kernel.shape) if known else None
+            if now is None or before is None or now % images:
+                found[id(kernel)] = None
+            else:
+                found[id(kernel)] = before + now // images * math.prod(kernel.shape)
         return outputs
 
     if graph.has_calls(model):
-        graph.compute(model, model.inputs, call)
+        graph.compute(model, [keras.KerasTensor((images, *each.shape[1:]), each.dtype) for each in model.inputs], call)
     return found
 
 
 def _positions_inside(layer, node, tensors) -> dict[int, int | None]:
-    """What `_positions` says of the layers that a layer calls, attention for example, by the ids of their kernels."""
+    """What `_positions` says of the layers that a layer calls, attention for example, by the ids of their kernels.
+
+    Of all images and parts of images, such as windows.
+    """
     if not graph.children(layer) or any(isinstance(each, LOOPS) for each in graph.walk(layer)):
         return {}
     found: dict[int, int | None] = {}
@@ -149,15 +154,12 @@ def _positions_inside(layer, node, tensors) -> dict[int, int | None]:
         inputs, outputs = keras.tree.flatten(inputs), keras.tree.flatten(outputs)
         if part is layer or not inputs or graph.children(part):
             return
-        now = _positions(part, inputs[0].shape[1:], outputs[0].shape[1:])
-        parts: Any = outputs[0].shape[0]  # of one image, such as windows
-        parts = parts if isinstance(parts, int) else None  # on JAX, what is free is a symbol
+        now = _times(_positions(part, inputs[0].shape[1:], outputs[0].shape[1:]), outputs[0].shape[0])
         for kernel in kernels_of(part):
             before = found.get(id(kernel), 0)
-            found[id(kernel)] = None if None in (now, parts, before) else before + parts * now
+            found[id(kernel)] = None if now is None or before is None else before + now
 
-    one_image = [keras.KerasTensor((1, *each.shape[1:]), each.dtype) for each in tensors]
-    args, kwargs = graph.arguments(node, one_image)
+    args, kwargs = graph.arguments(node, tensors)
     try:
         with graph.watched_calls(watch):
             keras.Operation.compute_output_spec(layer, *args, **kwargs)
@@ -166,14 +168,13 @@ def _positions_inside(layer, node, tensors) -> dict[int, int | None]:
     return found
 
 
-def _free(tensor) -> bool:
-    return None in tensor.shape[1:]
+def _times(positions: int | None, count: Any) -> int | None:
+    """How often for so many images; on JAX, a number that is free is a symbol."""
+    return None if positions is None or not isinstance(count, int) else positions * count
 
 
 def _outputs(operation, tensors, node) -> list:
     """The symbolic outputs of a call, of the sizes that these tensors give them where its own leave them free."""
-    if not any(map(_free, node.outputs)) or any(map(_free, tensors)):
-        return node.outputs
     args, kwargs = graph.arguments(node, tensors)
     try:
         return keras.tree.flatten(operation.compute_output_spec(*args, **kwargs))

@@ -146,6 +146,7 @@ class Followed:
         self.moves: dict[int, Move] = {}
         self.inputs: dict[int, Tensor] = {}
         self.seen: list[np.ndarray] = []
+        self._before_blocks: Tensor | None = None  # that `schemes.extend` has attached: `discard` leaves what entered
         self._lost: list[tuple[str, np.ndarray]] = []
         for tensor in self._enter(model, [fixed(each) for each in model.inputs]):
             self.labels.couple(tensor.labels, FIXED)
@@ -156,12 +157,15 @@ class Followed:
 
     def _enter(self, model, tensors):
         for layer, tensor in zip(map(graph.producer, model.inputs), tensors, strict=True):
-            known = self.inputs.setdefault(id(layer), tensor)
-            if known.labels.shape == tensor.labels.shape and not (known.origin or tensor.origin):
-                self.labels.couple(known.labels, tensor.labels)
-            else:
-                self._lost += [(model.name, known.labels), (model.name, tensor.labels)]
+            self._alike(model.name, self.inputs.setdefault(id(layer), tensor), tensor)
         return graph.compute(model, tensors, self._call)
+
+    def _alike(self, name, one, other):
+        """Two tensors lose the same channels, or none."""
+        if one.labels.shape == other.labels.shape and not (one.origin or other.origin):
+            self.labels.couple(one.labels, other.labels)
+        else:
+            self._lost += [(name, one.labels), (name, other.labels)]
 
     def _call(self, operation, tensors, node):
         if graph.has_calls(operation):
@@ -171,6 +175,10 @@ class Followed:
             self._lost += [(operation.name, tensor.labels) for tensor in tensors]
             outputs = [fixed(each) for each in node.outputs]
         self.seen += [tensor.labels for tensor in outputs]
+        if operation.name == graph.BEGIN:
+            self._before_blocks = outputs[0]
+        elif operation.name == graph.END and self._before_blocks:
+            self._alike(operation.name, self._before_blocks, outputs[0])
         return outputs
 
     def _outputs(self, operation, tensors, node) -> list[Tensor] | None:

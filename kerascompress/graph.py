@@ -26,6 +26,9 @@ from keras.src.saving.serialization_lib import SafeModeScope
 ACTIVATIONS = {id(each) for each in vars(keras.activations).values()}  # which Keras knows by their names
 CONVNEXT_LAYERS = (LayerScale, StochasticDepth)  # in no public module
 
+# Between these two layers stands what `schemes.extend` adds and `discard` takes away. They change nothing themselves.
+BEGIN, END = "extra_blocks_begin", "extra_blocks_end"
+
 # What Keras sets on a model when it is built, compiled, trained and evaluated, and not when it is made.
 TRAINING_ATTRIBUTES = frozenset(
     [
@@ -175,8 +178,12 @@ def remove_metric(model: keras.Model) -> None:
 
 
 def is_graph(layer: Any) -> bool:
-    """Whether it is a Functional or Sequential model, of which the order of the layers is known."""
-    return isinstance(layer, keras.Sequential) or (isinstance(layer, keras.Model) and hasattr(layer, "operations"))
+    """Whether it is a Functional or Sequential model, of which the order of the layers is known.
+
+    One of a class with a `call` of its own may do something else.
+    """
+    known = isinstance(layer, keras.Sequential) or (isinstance(layer, keras.Model) and hasattr(layer, "operations"))
+    return known and type(layer).call in (Functional.call, keras.Sequential.call)
 
 
 def has_calls(layer: Any) -> bool:
@@ -236,9 +243,9 @@ def arguments(node: Any, values: list) -> tuple[tuple, dict]:
 def entering(model: keras.Model, values: list, node: Any) -> list:
     """The values that a model in a model is called with, in the order of its inputs: of a dictionary, by name."""
     given = node.arguments.args[0] if node.arguments.args else node.arguments.kwargs["inputs"]
+    known = dict(zip(map(id, node.input_tensors), values, strict=True))  # with a mask, there are more
     if not isinstance(given, dict) or isinstance(_function(model).input, dict):
-        return values
-    known = dict(zip(map(id, node.input_tensors), values, strict=True))
+        return [known[id(tensor)] for tensor in keras.tree.flatten(given)]
     return [known[id(given[tensor.name])] for tensor in model.inputs]
 
 
@@ -401,9 +408,14 @@ def _assign(new: keras.Layer, old: keras.Layer) -> None:
                 setattr(one, name, value)  # it may be the user's, where the config means Keras' own of that name
     parts = list(zip(walk(new), walk(old), strict=False))
     if all(type(one) is type(other) for one, other in parts):
-        for one, other in parts:  # what is frozen in it, which no config says
+        for one, other in parts:  # what no config says, or not this one: what is frozen in it, and settings
             if one.trainable != other.trainable:
                 one.trainable = other.trainable
+            for name in [] if type(other).__module__.startswith("keras.src.") else vars(other):
+                value, known = vars(other)[name], vars(one).get(name)
+                is_plain = isinstance(value, bool | int | float | str) and not name.startswith("_")
+                if is_plain and type(value) is type(known) and value != known:
+                    setattr(one, name, value)
         for variable, other in zip(new.variables, old.variables, strict=True):
             if variable.trainable != other.trainable:
                 variable.trainable = other.trainable
@@ -419,8 +431,11 @@ def _assign(new: keras.Layer, old: keras.Layer) -> None:
 
 
 def _is_function(value: Any) -> bool:
-    """Whether it is a function that holds nothing, which may be shared."""
-    return isinstance(value, types.FunctionType) and not value.__closure__
+    """Whether it is a function that holds nothing but plain values, and may be shared."""
+    if not isinstance(value, types.FunctionType):
+        return False
+    held = [cell.cell_contents for cell in value.__closure__ or ()]
+    return all(isinstance(each, (*PLAIN, types.ModuleType)) or _is_function(each) for each in keras.tree.flatten(held))
 
 
 def _with_parts_copied(model: keras.Model, copy_part: Callable[[Any], Any]) -> Any:
@@ -512,7 +527,11 @@ def _classes(layer: keras.Layer) -> dict[str, type]:
     own = [value for each in walk(layer) for value in vars(each).values() if _is_own(value)]
     functions = {value.__name__: value for value in own if hasattr(value, "__name__")}
     kinds |= {type(value) for value in own if not hasattr(value, "__name__")}
-    return functions | {kind.__name__: kind for kind in kinds if not kind.__module__.startswith("keras.src.")}
+    kinds = {kind for kind in kinds if not kind.__module__.startswith("keras.src.")}
+    named = {kind.__name__: kind for kind in kinds}
+    if len(named) < len(kinds):
+        raise ValueError(f"two of the classes in it have one name: {sorted(map(str, kinds))}")
+    return functions | named
 
 
 def _copy_operation(operation: Any) -> Any:
@@ -604,7 +623,7 @@ def rebuild(
         kind = type(old) if _is_plain(old) and function is old else keras.Model
         new = kind(inputs, outputs, name=old.name)
         if not old.trainable:
-            new.trainable = False  # its layers are: so that they thaw when it does
+            new._trainable = False  # its layers have their own, and some may have been thawed
         return new
 
     copy = assemble(model, call)

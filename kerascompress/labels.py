@@ -132,7 +132,7 @@ class Move:
         x: Any = source.along(axis)
         position = np.cumsum(alive[x]) - 1
         indices = [position[take[alive[x[take]]]] for take in self.takes if take is not None]
-        inputs = keras.Input(source.rectangle(alive))
+        inputs = keras.Input(source.rectangle(alive), dtype=keras.tree.flatten(self.operation.output)[0].dtype)
         ends = np.cumsum([len(each) for each in indices])
         if (
             len(indices) > 1

@@ -22,9 +22,6 @@ from kerascompress.wrapper import wrappers_in
 Fit = Callable[[keras.Model, float | None], Any]  # fit(model, magnitude); None is no RandAugment
 Shrink = Callable[[keras.Model], keras.Model]
 
-# Between these two layers stands what `extend` adds and `discard` takes away. They change nothing themselves.
-BEGIN, END = "extra_blocks_begin", "extra_blocks_end"
-
 # The last layer of a block, `stage{s}_block{b}_<part>`, tells which network it is, and so who builds one more.
 BLOCKS: dict[str, Callable[..., Any]] = {
     "relu2": basic_block,
@@ -177,7 +174,7 @@ def extend(
             "Pass the dense model, or `strip_pruning(model)`."
         )
     names = [layer.name for layer in model.layers]
-    if END in names:
+    if graph.END in names:
         raise ValueError(
             f"Model {model.name!r} has extra blocks already. For another number of them, use `discard` first."
         )
@@ -217,7 +214,10 @@ def extend(
         outputs = layer(*args, **kwargs)
         return append(outputs) if old.name == features else outputs
 
-    return graph.rebuild(model, graph.copy, call)
+    extended = graph.rebuild(model, graph.copy, call)
+    if not inputs:
+        raise ValueError(f"Nothing passes {features or behind!r} of {model.name!r}, an input. Name a layer behind it.")
+    return extended
 
 
 def _with_blocks(x, count: int, block: Callable[..., Any] | None, place: Any, **settings):
@@ -228,7 +228,7 @@ def _with_blocks(x, count: int, block: Callable[..., Any] | None, place: Any, **
             f"Received: {x.shape} at {place!r}. Pass a builder of your own: `block=`."
         )
     build = block or _block_before(x)
-    extended = keras.layers.Identity(name=BEGIN)(x)
+    extended = keras.layers.Identity(name=graph.BEGIN)(x)
     for index in range(count):
         extended = build(extended, x.shape[-1], name=f"extra_block{index}", **settings)
     if extended.shape != x.shape:
@@ -236,7 +236,7 @@ def _with_blocks(x, count: int, block: Callable[..., Any] | None, place: Any, **
             "A block must return the shape that it got, or the classifier could not stay when it is discarded. "
             f"Received: {tuple(extended.shape)} from {tuple(x.shape)}, channels last."
         )
-    return keras.layers.Identity(name=END)(extended)
+    return keras.layers.Identity(name=graph.END)(extended)
 
 
 def discard(model: keras.Model) -> keras.Model:
@@ -262,7 +262,7 @@ def discard(model: keras.Model) -> keras.Model:
         Yu, Zhang, Ma, "Revisiting Data Augmentation in Model Compression", Section IV-C2, Figure 5 (b).
     """
     _check_model(model, "discard")
-    if END not in [layer.name for layer in model.layers]:
+    if graph.END not in [layer.name for layer in model.layers]:
         raise ValueError(
             f"Model {model.name!r} has no extra blocks to discard. Received: the layers "
             f"{[layer.name for layer in model.layers]}. If one of them is the extended network, pass that one."
@@ -271,12 +271,12 @@ def discard(model: keras.Model) -> keras.Model:
     kept: list[Any] = []
 
     def call(old, layer, *args, **kwargs):
-        if old.name == BEGIN:
+        if old.name == graph.BEGIN:
             kept.append(args[0])
             return hole
         if all(each is not hole for each in keras.tree.flatten((args, kwargs))):
             return layer(*args, **kwargs)
-        return kept[0] if old.name == END else [hole] * len(keras.tree.flatten(old.output))
+        return kept[0] if old.name == graph.END else [hole] * len(keras.tree.flatten(old.output))
 
     return graph.rebuild(model, graph.copy, call)
 

@@ -538,6 +538,32 @@ def test_initializers_of_the_old_shape_do_not_matter():
     assert small.layers[0].kernel_initializer.get_config() == model.layers[0].kernel_initializer.get_config()
 
 
+def test_what_is_set_on_weights_and_how_precisely_is_computed_stays():
+    inputs = keras.Input((8, 8, 3))
+    x = layers.Conv2D(8, 3, name="conv", dtype="mixed_bfloat16")(inputs)
+    x = layers.ReLU(name="relu", dtype="mixed_bfloat16")(ops.take(x, np.arange(8)[::-1].copy(), axis=-1))
+    model = keras.Model(inputs, layers.Dense(2, name="logits")(layers.GlobalAveragePooling2D()(x)))
+    conv = model.get_layer("conv")
+    conv.bias.trainable, conv.kernel.constraint = False, keras.constraints.NonNeg()
+    conv.kernel_regularizer = keras.regularizers.L2(0.1)  # of no effect, now that it is built
+    small = kc.prune_channels(model, 0.5)
+    left = small.get_layer("conv")
+    assert left.filters == 4
+    assert not left.bias.trainable
+    assert isinstance(left.kernel.constraint, keras.constraints.NonNeg)
+    assert small.losses == model.losses == []
+    assert small.get_layer("relu").input.dtype == "bfloat16"
+
+
+@pytest.mark.filterwarnings("ignore:.* was passed an input with a mask attached to it")
+def test_a_model_in_a_model_that_is_called_with_a_mask_is_followed():
+    steps, seen = keras.Input((5, 4)), keras.Input((5,), dtype="bool")
+    inner = keras.Sequential([keras.Input((5, 4)), layers.Conv1D(6, 1, name="inner")])
+    model = keras.Model([steps, seen], layers.Dense(2)(layers.Flatten()(inner(steps, mask=seen))))
+    assert kc.summary(model).macs == 5 * 24 + 60
+    assert kc.prune_channels(model, 0.5).layers[-3].layers[-1].filters == 3
+
+
 def test_a_softmax_at_the_end_is_no_reason_to_warn():
     inputs = keras.Input((4,))
     x = layers.Activation("softmax")(layers.Dense(3)(layers.Dense(4, activation="relu")(inputs)))

@@ -83,6 +83,18 @@ def test_attention_and_other_layers_made_of_layers_are_counted_by_what_they_call
     assert kc.summary(steps).macs is None
 
 
+@pytest.mark.parametrize("batch", [None, 2])
+def test_frames_and_windows_that_are_images_of_a_batch_are_all_counted(batch):
+    video = keras.Input((10, 8, 8, 3), batch_size=batch)
+    frames = layers.Conv2D(4, 3)(ops.reshape(video, (-1, 8, 8, 3)))
+    frames = ops.reshape(layers.GlobalAveragePooling2D()(frames), (-1, 10, 4))
+    model = keras.Model(video, layers.Dense(2)(ops.mean(frames, axis=1)))
+    assert kc.summary(model).macs == 10 * 36 * 27 * 4 + 8
+    image = keras.Input((4, 5, 8), batch_size=batch)
+    rows = Block()(ops.reshape(image, (-1, 5, 8)))
+    assert kc.summary(keras.Model(image, ops.reshape(rows, (-1, 4, 5, 8)))).macs == 4 * 5 * (4 * 64 + 2 * 8 * 16)
+
+
 def test_a_shared_layer_multiplies_in_every_call_and_a_free_size_is_not_known():
     inputs, dense = keras.Input((4,)), layers.Dense(4)
     assert kc.summary(keras.Model(inputs, dense(dense(inputs)))).macs == 32

@@ -352,6 +352,87 @@ def test_metrics_losses_and_optimizers_of_a_subclassed_model_are_made_anew():
     assert float(ops.convert_to_numpy(copy.updates.learning_rate)) == pytest.approx(0.01)
 
 
+class Gained(layers.Dense):
+    """Has an argument that no config knows."""
+
+    def __init__(self, *args, gain=1.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gain = gain
+
+    def call(self, inputs):
+        return super().call(inputs) * self.gain
+
+
+class InBytes(keras.Model):
+    """A Functional model with a `call` of its own."""
+
+    def __init__(self, **kwargs):
+        inputs = keras.Input((5,))
+        super().__init__(inputs, layers.Dense(3)(inputs), **kwargs)
+
+    def call(self, inputs, training=None, mask=None):
+        return super().call(inputs / 255.0, training=training)
+
+    def get_config(self):
+        return {"name": self.name}
+
+
+@pytest.mark.parametrize("kind", ["setting", "call"])
+def test_what_no_config_and_no_graph_tells_is_kept(kind):
+    inputs = keras.Input((5,))
+    inner = Gained(3, gain=3.0) if kind == "setting" else InBytes(name="inner")
+    model = keras.Model(inputs, layers.Dense(2)(layers.Dense(3)(inner(layers.Dense(5)(inputs)))))
+    x = np.ones((4, 5), "float32")
+    copies = [kc.prune_now(model, 0.0), kc.strip_pruning(model)]
+    if kind == "setting":
+        copies.append(kc.prune_low_magnitude(model))
+    else:
+        with pytest.warns(UserWarning, match="cannot be followed through 'inner'"):
+            copies.append(kc.prune_channels(model, 0.0))
+        with pytest.raises(ValueError, match="'inner' of type InBytes"):
+            kc.prune_low_magnitude(model)
+    for copy in copies:
+        np.testing.assert_allclose(ops.convert_to_numpy(copy(x)), ops.convert_to_numpy(model(x)), rtol=1e-5)
+
+
+def test_a_layer_that_was_thawed_in_a_frozen_model_stays_thawed():
+    inputs = keras.Input((4,))
+    base = keras.Model(inputs, layers.Dense(3, name="last")(layers.Dense(5)(inputs)), name="base")
+    base.trainable, base.get_layer("last").trainable = False, True
+    outer = keras.Input((4,))
+    model = keras.Model(outer, layers.Dense(2)(base(outer)))
+    wrapped = kc.prune_low_magnitude(model)
+    for copy in (kc.prune_now(model, 0.5), wrapped, kc.strip_pruning(wrapped), kc.prune_channels(model, 0.5)):
+        assert len(copy.trainable_variables) == len(model.trainable_variables) == 4
+        assert not copy.get_layer("base").trainable
+
+
+def scaled(by):
+    def activation(x):
+        return by * ops.relu(x)
+
+    return activation
+
+
+def of_one_name(by):
+    class Act(layers.Layer):
+        def call(self, x):
+            return by * x
+
+    return Act()
+
+
+def test_functions_of_one_name_are_told_apart_and_classes_of_one_name_refused():
+    inputs = keras.Input((3, 4))
+    net = keras.Sequential([layers.Dense(4, activation=scaled(1.0)), layers.Dense(4, activation=scaled(10.0))])
+    model = keras.Model(inputs, layers.TimeDistributed(net)(inputs))
+    x = np.ones((2, 3, 4), "float32")
+    np.testing.assert_array_equal(ops.convert_to_numpy(kc.prune_now(model, 0.0)(x)), ops.convert_to_numpy(model(x)))
+    net = keras.Sequential([layers.Dense(4), of_one_name(1.0), of_one_name(10.0)])
+    with pytest.raises(ValueError, match="two of the classes in it have one name"):
+        graph.copy(keras.Model(inputs, layers.TimeDistributed(net)(inputs)))
+
+
 def test_what_was_given_to_a_weight_itself_is_kept():
     model = keras.Sequential([keras.Input((5,)), layers.Dense(3), layers.Dense(2, kernel_regularizer="l2")])
     first, second = (layer.kernel for layer in model.layers)

@@ -306,6 +306,29 @@ def test_further_blocks_compute_as_precisely_as_the_place_where_they_stand():
     assert keras.config.dtype_policy().name == "float32"
 
 
+def plain_block(x, filters, *, name, **settings):
+    return layers.Conv2D(filters, 3, padding="same", name=name)(x)
+
+
+def test_the_same_channels_go_before_and_behind_further_blocks():
+    shuffled = kc.models.shufflenet_v2(4, width=0.5, input_shape=(32, 32, 3), seed=0)
+    small = kc.discard(kc.prune_channels(kc.extend(shuffled, 1), 0.5))
+    assert small.get_layer("logits").get_weights()[0].shape == (512, 4)  # of 1,024
+    model = keras.Sequential([keras.Input((8, 8, 3)), layers.Conv2D(8, 3, name="conv"), layers.Flatten()])
+    model.add(layers.Dense(5, name="logits"))
+    small = kc.discard(kc.prune_channels(kc.extend(model, 1, features="conv", block=plain_block), 0.5))
+    (kernel, _), (kept, _) = (net.get_layer("conv").get_weights() for net in (model, small))
+    (rows, _), (kept_rows, _) = (net.get_layer("logits").get_weights() for net in (model, small))
+    left = [int(np.flatnonzero((kernel == kept[..., [i]]).all((0, 1, 2)))[0]) for i in range(4)]
+    np.testing.assert_array_equal(kept_rows.reshape(36, 4, 5), rows.reshape(36, 8, 5)[:, left])
+
+
+def test_an_input_has_no_place_for_further_blocks():
+    model = tiny()
+    with pytest.raises(ValueError, match=r"an input\. Name a layer behind it"):
+        kc.extend(model, 1, features=model.layers[0].name)
+
+
 def test_channels_first_needs_a_block_of_ones_own():
     inputs = keras.Input((3, 8, 8))
     features = layers.Conv2D(8, 3, padding="same", data_format="channels_first", name="conv")(inputs)
