@@ -13,7 +13,7 @@ from kerascompress.augment import check_driven, check_in_model
 from kerascompress.masks import as_array
 
 TARGETS = {"gap": 0.15, "accuracy": None}
-NAMES = ("accuracy", "acc", "binary_accuracy", "categorical_accuracy", "sparse_categorical_accuracy")
+NAMES = ("accuracy", "acc", "binaryaccuracy", "categoricalaccuracy", "sparsecategoricalaccuracy")  # as Keras reads them
 CLASSES = (
     keras.metrics.Accuracy,
     keras.metrics.BinaryAccuracy,
@@ -62,8 +62,8 @@ class AdaptiveMagnitude(keras.callbacks.Callback):
     Raises:
         TypeError: If `augment` has no variable `magnitude`, or `signal` is neither a name nor callable.
         ValueError: If an argument is out of range, the magnitude of `augment` is a `(low, high)` pair, training begins
-            with a model that does not contain `augment`, but another augmentation, or that has several accuracies, or
-            none and a loss that is not of classes, or an epoch has no signal.
+            with a model that does not contain `augment`, but another augmentation, or that has no accuracy
+            and a loss that is not of classes, or an epoch that moves M has no signal or several accuracies.
 
     Example:
         >>> import keras, kerascompress as kc
@@ -167,7 +167,7 @@ class AdaptiveMagnitude(keras.callbacks.Callback):
         if callable(self.signal):
             signal = float(self.signal(logs))
         else:
-            name = _name_in_logs(_accuracies(self.model), logs)
+            name = _name_in_logs(self.model, logs)
             signal = float(logs[name])
             if self.signal == "gap":
                 if f"val_{name}" not in logs:
@@ -225,13 +225,17 @@ def _accuracies(model) -> list[str]:
         metric if isinstance(metric, str) else getattr(metric, "name", getattr(metric, "__name__", "")): metric
         for metric in graph.metrics(model)
     }
-    return [name for name, metric in metrics.items() if name in NAMES or isinstance(metric, (*CLASSES, _Accuracy))]
+    kinds = (*CLASSES, _Accuracy)
+    return [each for each, of in metrics.items() if each.lower().replace("_", "") in NAMES or isinstance(of, kinds)]
 
 
-def _name_in_logs(accuracies, logs) -> str:
+def _name_in_logs(model, logs) -> str:
     """The name of the one accuracy among the logs; of several outputs, each has that of the output in front."""
-    trained = [name for name in logs if not name.startswith("val_")]
+    trained, accuracies = [name for name in logs if not name.startswith("val_")], _accuracies(model)
     found = [each for each in trained if each in accuracies]
+    output = getattr(model, "output", None)
+    outputs = output if isinstance(output, dict) else getattr(model, "output_names", None) or ()
+    found = found or [each for each in trained if each in {f"{one}_{name}" for one in outputs for name in accuracies}]
     found = found or [each for each in trained if each.endswith(tuple(f"_{name}" for name in accuracies))]
     if len(found) != 1:
         raise ValueError(

@@ -190,7 +190,8 @@ class RandAugment(_Augmentation):
 
     An image draws `num_ops` rows of the table `OPS`, independently and with replacement. They are applied in that
     order, each with the argument `argument * M / 30` of its row and a sign. Pixels are Pillow's, bit for bit, but for
-    ties between two pixels in rotate and shear (at most 0.5 % of an image). Active where `training` is true, and in
+    ties between two pixels in rotate and shear (at most 0.5 % of an image; of bilinear ones, some per cent may differ
+    by one level). Active where `training` is true, and in
     `tf.data` (TensorFlow backend only), where `dataset.map(augment)` takes images or batches.
 
     XLA compiles it for every size of images and batches, so keep them few; sizes that a trace does not know are slower.
@@ -213,8 +214,9 @@ class RandAugment(_Augmentation):
         fill_value: What rotate, shear and translate show outside of the image, from 0 (black) to 255 (white), whatever
             `value_range` is: a number, or one for each channel, such as the mean colour `(124, 116, 104)` of ImageNet.
         interpolation: `"nearest"`, as in the paper, or `"bilinear"`.
-        seed: Makes the draws reproducible; in `tf.data`, without `num_parallel_calls`, in whose calls they are drawn in
-            any order. Workers of a Torch `DataLoader` draw apart, and anew in each epoch, as `torch.manual_seed` says.
+        seed: Makes the draws reproducible; in `tf.data`, without `num_parallel_calls`, in whose calls they come in any
+            order, and about one in a hundred twice. Workers of a Torch `DataLoader` draw apart, and anew in each epoch,
+            as `torch.manual_seed` says.
 
     Call arguments:
         images: uint8 or float, `(batch, height, width, channels)` or `(height, width, channels)`, 1 or 3 channels.
@@ -284,9 +286,13 @@ class RandAugment(_Augmentation):
             name="magnitude",
         )
 
-    def call(self, images, magnitude=None, training=None):
-        if isinstance(magnitude, int | float) and not magnitude <= 30:
+    def __call__(self, images, *args, **kwargs):
+        magnitude = args[0] if args else kwargs.get("magnitude")
+        if isinstance(magnitude, int | float | np.number | np.ndarray) and not np.all(np.less_equal(magnitude, 30)):
             raise ValueError(f"`magnitude` must be at most 30, the paper's scale. Received: magnitude={magnitude}.")
+        return super().__call__(images, *args, **kwargs)
+
+    def call(self, images, magnitude=None, training=None):
         return self._augment(images, training, lambda batch, good: self._augment_batch(batch, good, magnitude))
 
     def _augment_batch(self, images, good, magnitude):

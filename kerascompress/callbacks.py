@@ -177,7 +177,8 @@ class UpdatePruningStep(StepCallback):
         for wrapper in self._wrappers:
             wrapper._is_driven = bool
         for wrappers in self._groups.values():
-            warn_if_not_begun(wrappers[0].pruning_schedule, wrappers[0].step)
+            if not wrappers[0].rule.once:
+                warn_if_not_begun(wrappers[0].pruning_schedule, wrappers[0].step)
 
     def _driven(self):
         return [wrapper for wrapper in self._wrappers if wrapper.built]

@@ -340,7 +340,8 @@ class PruningOptimizer(keras.optimizers.Optimizer):
         self.inner_optimizer.finalize_variable_values(var_list)
         if is_done:
             self._warn_of_collapse([not as_array(mask).any() for mask in self._masks])
-            schedules.warn_if_not_begun(self.pruning_schedule, int(as_array(self.iterations)))
+            if not self.rule.once:
+                schedules.warn_if_not_begun(self.pruning_schedule, int(as_array(self.iterations)))
 
     def get_config(self) -> dict[str, Any]:
         return {

@@ -98,7 +98,8 @@ def search_magnitude(
         A `MagnitudeSearch` with `optimal`, `maximal`, `scores`; print it for a table.
 
     Raises:
-        ValueError: If an argument is out of range, if every magnitude diverged, or if `file` is no such file.
+        ValueError: If an argument is out of range, if every magnitude that got all epochs diverged, or if `file` is no
+            such file.
         TypeError: If `train_and_score` does not return a number.
 
     Example:
@@ -133,7 +134,8 @@ def search_magnitude(
     optimal = candidates[0]
     if mean(optimal, epochs) == -math.inf:
         raise ValueError(
-            f"Training diverged at every magnitude, so none is best. Received: the scores {trials.scores}. "
+            "Training diverged at every magnitude that got all epochs, so none is best. "
+            f"Received: the scores {trials.scores}. "
             "Try a lower learning rate, and look at what `train_and_score` returns."
         )
     tried = sorted(each for each in longest if each is not None)

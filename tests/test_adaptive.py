@@ -18,7 +18,7 @@ def data(count=32):
 def live(magnitude):
     """What compiles in no time; in no time at all outside of the model, where the signal is the same."""
     augment = kc.RandAugment(magnitude, num_ops=1, ops=["Solarize"], seed=0)
-    augment(np.zeros((1, 8, 8, 3), "uint8"))  # as in `tf.data`
+    augment(np.zeros((1, 8, 8, 3), "uint8"), training=True)  # as in `tf.data`
     return augment
 
 
@@ -130,6 +130,7 @@ def test_keras_cvs_layer_is_off_below_zero_too():
         ([keras.metrics.SparseCategoricalAccuracy(name="top1"), "sparse_categorical_crossentropy"], "top1"),
         ([keras.metrics.SparseTopKCategoricalAccuracy(3, name="top_3_accuracy"), "acc"], "acc"),
         ([keras.metrics.sparse_categorical_accuracy], "sparse_categorical_accuracy"),
+        (["SparseCategoricalAccuracy"], "SparseCategoricalAccuracy"),
     ],
 )
 def test_an_accuracy_of_any_name_is_found(metrics, name):
@@ -277,7 +278,9 @@ def two_outputs():
 def test_of_several_outputs_the_one_with_an_accuracy_counts():
     augment = live(0)
     model, labels = two_outputs()
-    model.compile("sgd", {"kind": LOSS, "size": "mse"}, metrics={"kind": ["accuracy"]})
+    model.compile(
+        "sgd", {"kind": LOSS, "size": "mse"}, metrics={"kind": ["accuracy", "sparse_top_k_categorical_accuracy"]}
+    )
     history = fit(model, [kc.AdaptiveMagnitude(augment, "accuracy", -0.5)], 2, y=labels, validation_data=None)
     assert history["magnitude"] == [0, 0.5]
     assert "kind_accuracy" in history

@@ -592,6 +592,7 @@ def jax_of_64_bits():
         (lambda: RandAugment(magnitude=(9, 3)), r"`\(low, high\)`.*Received: magnitude=\(9, 3\)"),
         (lambda: RandAugment(magnitude=float("nan")), r"Received: magnitude=nan"),
         (lambda: RandAugment()(np.zeros((1, 8, 8, 3), "uint8"), magnitude=99), r"at most 30.*Received: magnitude=99"),
+        (lambda: RandAugment()(np.zeros((1, 8, 8, 3), "uint8"), np.array([31.0])), r"at most 30.*magnitude=\[31.\]"),
         (lambda: RandAugment(num_ops=0), r"`num_ops` must be a whole number of at least 1. Received: num_ops=0"),
         (lambda: RandAugment(ops=["Invert"]), r"Allowed names: Identity, ShearX.*Received: ops=\['Invert'\]"),
         (lambda: RandAugment(ops="Rotate"), r"must be a list.*Received: ops='Rotate'"),

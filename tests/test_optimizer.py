@@ -212,7 +212,7 @@ def test_blocks_and_m_by_n_hold_while_it_trains(settings):
         assert set(kernel.reshape(2, 4, 8).sum(axis=1).ravel()) == {2}
 
 
-@pytest.mark.parametrize("schedule", [None, kc.ConstantSparsity(0.5, 0, frequency=1)])
+@pytest.mark.parametrize("schedule", [None, kc.ConstantSparsity(0.5, 0, frequency=1), kc.ConstantSparsity(0.5, 99)])
 def test_the_m_by_n_mask_is_set_once(schedule):
     model = keras.Sequential([keras.Input((4,)), layers.Dense(1, use_bias=False)])
     model.set_weights([np.array([[1], [2], [3], [4]])])
