@@ -434,8 +434,9 @@ def _is_function(value: Any) -> bool:
     """Whether it is a function that holds nothing but plain values, and may be shared."""
     if not isinstance(value, types.FunctionType):
         return False
-    held = [cell.cell_contents for cell in value.__closure__ or ()]
-    return all(isinstance(each, (*PLAIN, types.ModuleType)) or _is_function(each) for each in keras.tree.flatten(held))
+    held = keras.tree.flatten([cell.cell_contents for cell in value.__closure__ or ()])
+    # of functions only those that hold nothing: one that calls itself holds itself
+    return all(isinstance(each, (*PLAIN, types.ModuleType)) or not getattr(each, "__closure__", each) for each in held)
 
 
 def _with_parts_copied(model: keras.Model, copy_part: Callable[[Any], Any]) -> Any:
