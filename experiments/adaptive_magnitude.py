@@ -39,11 +39,11 @@ from experiments import fig7_teacher_filter as fig7
 
 SPARSITIES = (0.0, 0.6, 0.9, 0.97)
 MAGNITUDES = (None, 2, 4, 6, 9, 14, 22)  # None is no RandAugment
-ARMS = ("trivial", "line", "accuracy=0.6", "gap=0.15", "held-accuracy", "held-gap", "entropy", "entropy-image")
+ARMS = ("trivial", "line", "accuracy=0.6", "gap=0.1", "held-accuracy", "held-gap", "entropy", "entropy-image")
 DENSE = 9  # the magnitude at which the operating point of held-* is measured
 MOVED = ("accuracy", "gap", "held-accuracy", "held-gap")
 WARMUP = 10  # epochs of TrivialAugment before EntAugment's own magnitudes
-SMOKE = {"sparsities": (0.0, 0.6), "magnitudes": (None, 9), "arms": ("trivial", "gap=0.15", "entropy-image")}
+SMOKE = {"sparsities": (0.0, 0.6), "magnitudes": (None, 9), "arms": ("trivial", "gap=0.1", "entropy-image")}
 
 FLAGS = absl_flags.FLAGS
 absl_flags.adopt_module_key_flags(flags)

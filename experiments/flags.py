@@ -174,7 +174,7 @@ flags.DEFINE_list(
     "Arms, separated by commas; a name with a comma in it is in double quotes: 'inherit,\"scratch, weak\"'. Figure 3: "
     "constant, decayed, adaptive; default: the first two. Figures 4 and 7: those of their scripts; default: the "
     "paper's. The adaptive study, beside the constant magnitudes: trivial, line, accuracy=<set-point>, "
-    "gap=<set-point>, held-accuracy, held-gap, entropy, entropy-image; default: all, with set-points of 0.6 and 0.15.",
+    "gap=<set-point>, held-accuracy, held-gap, entropy, entropy-image; default: all, with set-points of 0.6 and 0.1.",
 )
 flags.DEFINE_string(
     "constants",

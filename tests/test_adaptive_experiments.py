@@ -148,7 +148,7 @@ def test_the_table_of_all_settings_is_made_of_their_rows_and_of_figure_1s(tmp_pa
     constants += [row_of("M=4", 3, 0.1, 0.1)]  # a seed of Figure 1 alone
     ours = [
         row_of(arm, seed, 0, 0.57 + 0.01 * seed, p)
-        for arm in ("trivial", "gap=0.15")
+        for arm in ("trivial", regrets.RULE)
         for p in (0, 0.9)
         for seed in (0, 1, 2)
     ]
