@@ -74,14 +74,14 @@ def test_between_the_epochs_of_its_frequency_it_stays():
     assert history["magnitude"] == [0, 0, 0.5, 0.5, 1]
 
 
-def test_the_gap_is_training_minus_held_out_accuracy_around_15_percent():
+def test_the_gap_is_training_minus_held_out_accuracy_around_10_percent():
     augment = live(9)
     adaptive = kc.AdaptiveMagnitude(augment)
     history = fit(trainer(None), [adaptive], 5)
     gaps = np.array(history["accuracy"]) - history["val_accuracy"]
     np.testing.assert_array_equal(np.diff(history["magnitude"]), 0.5 * np.sign(gaps - 0.1)[:-1])
     augment.magnitude.assign(9)
-    for training, moved in ((0.66, 9.5), (0.64, 9.0), (0.64, 8.5)):
+    for training, moved in ((0.61, 9.5), (0.59, 9.0), (0.59, 8.5)):
         adaptive.on_epoch_end(0, {"accuracy": training, "val_accuracy": 0.5})
         assert magnitude(augment) == moved
 
