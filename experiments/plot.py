@@ -197,7 +197,8 @@ def magnitudes(rows):
     ratios = sorted({row["sparsity"] for row in rows})
     shape = -(-len(arms) // 3), min(len(arms), 3)
     figure = matplotlib.figure.Figure(figsize=(4.2 * shape[1], 3.6 * shape[0]), layout="constrained", dpi=150)
-    figure.suptitle(title(rows), fontsize="medium")
+    wrapped = (textwrap.fill(line, 44 * shape[1]) for line in title(rows).splitlines())
+    figure.suptitle("\n".join(wrapped), fontsize="medium")
     panels = figure.subplots(*shape, sharey=True, squeeze=False).ravel()
     for axes in panels[len(arms) :]:
         axes.remove()
@@ -212,7 +213,8 @@ def magnitudes(rows):
                 epochs = np.arange(1, len(seeds[0]) + 1)
                 axes.plot(epochs, np.mean(seeds, axis=0), color=colour, label=f"p = {p:g} (n = {len(seeds)})")
                 axes.fill_between(epochs, np.min(seeds, axis=0), np.max(seeds, axis=0), color=colour, alpha=0.2)
-        axes.set(title=arm, xlabel="epoch", ylim=(-1, 30))
+        axes.set(title=arm, xlabel="epoch", ylim=(-2, 30))
+        axes.set_yticks([-0.75, *range(5, 31, 5)], ["off", *range(5, 31, 5)])  # -0.5 or -1, one move below 0
         axes.legend(fontsize="x-small", frameon=False)
     figure.axes[0].set_ylabel("magnitude M")
     return figure
