@@ -54,9 +54,9 @@ class AdaptiveMagnitude(keras.callbacks.Callback):
             `lambda logs: logs["accuracy"] - logs["val_accuracy"]`, that rises with what the network could still take.
         target: The set-point, in (-1, 1) unless `signal` is a function. Default: 0.1 for the gap,
             which of 0.1, 0.15 and 0.2, and of 0.4 and 0.6 of the accuracy, lost least against the best constant
-            magnitude on CIFAR-10 with 500 and 2,000 images, dense and pruned (experiments/README.md; three seeds; README
-            has what it loses elsewhere). An accuracy has no default, as its set-point depends on the
-            number of classes.
+            magnitude on CIFAR-10 with 500 and 2,000 images, dense and pruned (experiments/README.md; three seeds;
+            README has what it loses elsewhere). An accuracy has no default, as its set-point depends on the number of
+            classes.
         speed: How far M moves at a time, in [0.001, 30]. The default goes from 0 to 15 in 30 epochs.
         frequency: Epochs from one move to the next: `validation_freq` of `fit`.
 
