@@ -262,7 +262,7 @@ def main(_):
         rows = runs.read_rows(path)
         if FLAGS.all and not rows:
             continue  # a study that has just begun
-        if FLAGS.all and path.stem in of_settings:
+        if path.stem in of_settings and path.resolve().parent == claims.RESULTS.resolve():
             rows = regrets.rows_of(*of_settings[path.stem]) or rows  # Figure 1's constants too
         if not rows or rows[0]["figure"] not in FIGURES:
             raise app.UsageError(f"{path} holds no row of a figure.")

@@ -10,7 +10,7 @@ from absl.testing import flagsaver
 from test_experiments import one_layer, run_of
 
 from experiments import adaptive_magnitude as study
-from experiments import claims, keeper, regrets, training
+from experiments import claims, keeper, plot, regrets, training
 from experiments import fig1_magnitude_search as fig1
 from experiments import fig3_magnitude_decay as fig3
 
@@ -166,6 +166,21 @@ def test_the_table_of_all_settings_is_made_of_their_rows_and_of_figure_1s(tmp_pa
         f"| {ours} | M = 4: +0.00 ± 0.00, largest +0.00 | {ours} "
         "| missed: 0.3 by 1.70, largest 1.5 by 0.50, trivial by 0.00, M = 4 by 2.00 | 3 |"
     )
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_figure_of_a_setting_shows_figure_1s_constants_too(tmp_path, monkeypatch, capsys, named):
+    monkeypatch.setattr(claims, "RESULTS", tmp_path)
+    setting = dict.fromkeys(claims.SETTING, 0) | {"images": {"train": 10}}
+    for name, figure, arms in (("small_fig1", "fig1", ("none", "M=4")), ("adaptive_1000", "adaptive", ("trivial",))):
+        rows = [setting | {"figure": figure} | row_of(arm, seed, 0.5, 0.5) for arm in arms for seed in range(3)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(regrets, "table", str)  # the rows have no arm of the rule
+    with flagsaver.flagsaver():
+        absl_flags.FLAGS(["test", f"--results={tmp_path}/adaptive_1000.jsonl" if named else "--all"])
+        plot.main([])
+    last = capsys.readouterr().out.split("| arm ")[1]
+    assert all(f"| {arm} " in last for arm in ("none", "M=4", "trivial"))
 
 
 def test_constants_of_figure_1_serve_the_line_too_where_it_is_without_augmentation(tmp_path, monkeypatch):
